@@ -1,0 +1,26 @@
+# Everything runs in .venv unless PYTHON names another interpreter, which then must have the packages already.
+TORCH  ?= torch==2.13.0
+PYTHON ?= .venv/bin/python
+export PYTHONPATH := $(CURDIR)
+
+ifeq ($(PYTHON),.venv/bin/python)
+ENV = .venv/.installed
+endif
+
+.PHONY: demo test lint
+.venv/.installed: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet $(TORCH)
+	.venv/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(ENV)
+	$(PYTHON) -m rmu demo $(ARGS)
+
+test: $(ENV)
+	$(PYTHON) -m pytest $(ARGS)
+
+lint: $(ENV)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
