@@ -1,0 +1,24 @@
+"""Loss kernels for Representation Misdirection for Unlearning (RMU): only PyTorch and, on a GPU, Triton."""
+
+from rmu_kernels.backend import resolve_backend
+from rmu_kernels.functional import (
+    RMULossOutput,
+    adaptive_coefficient,
+    adaptive_steering_mse,
+    retain_mse,
+    rmu_loss,
+    steering_mse,
+)
+from rmu_kernels.modules import AdaptiveRMULoss, RMULoss
+
+__all__ = [
+    "AdaptiveRMULoss",
+    "RMULoss",
+    "RMULossOutput",
+    "adaptive_coefficient",
+    "adaptive_steering_mse",
+    "resolve_backend",
+    "retain_mse",
+    "rmu_loss",
+    "steering_mse",
+]

@@ -1,0 +1,51 @@
+"""Which implementation runs: the Triton kernels or their PyTorch twin."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch")
+TRITON_INSTALLED = find_spec("triton") is not None
+# Triton reads the variable when a kernel is decorated, so a later change has no effect here either.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def why_not_triton(tensor: Tensor) -> str | None:
+    """The reason why Triton cannot take this tensor, None if it can."""
+    if not TRITON_INSTALLED:
+        return "triton is not installed"
+    kind = tensor.device.type
+    if INTERPRETED:
+        return None if kind == "cpu" else f"TRITON_INTERPRET=1 runs on CPU tensors, got one on {kind}"
+    if kind == "cpu":
+        return "the tensor is on the CPU and TRITON_INTERPRET=1 was not set before the import"
+    if kind not in ("cuda", "xpu"):  # ROCm calls itself cuda
+        return f"Triton has no backend for {kind} tensors"
+    if (
+        kind == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(tensor.device) < (8, 0)
+    ):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+def resolve_backend(tensor: Tensor, backend: str = "auto") -> str:
+    """The implementation, "triton" or "torch", that a loss of `tensor` runs on.
+
+    "auto" is Triton for tensors on a CUDA (compute capability 8.0 or newer), ROCm or XPU device, and on the CPU when
+    TRITON_INTERPRET=1 was set before the import; else the PyTorch twin. Raises ValueError for "triton" where it
+    cannot run: no other implementation takes its place silently.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "torch":
+        return "torch"
+    reason = why_not_triton(tensor)
+    if reason is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"backend 'triton' cannot run: {reason}")
+    return "torch"

@@ -1,0 +1,135 @@
+"""Argument checks: each raises a ValueError or TypeError that names the argument, what came and what was expected."""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from rmu_kernels.reference import REDUCTIONS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_FEATURES = 65536
+
+
+def check_tensor(name: str, tensor: Tensor, dtypes=DTYPES) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must have one of the dtypes {dtypes}, got {tensor.dtype}")
+
+
+def check_hidden(name: str, hidden: Tensor) -> None:
+    check_tensor(name, hidden)
+    if hidden.ndim < 2 or not 1 <= hidden.shape[-1] <= MAX_FEATURES:
+        raise ValueError(
+            f"{name} must have the shape [..., D] with at least two dimensions and 1 <= D <= {MAX_FEATURES}, "
+            f"got {list(hidden.shape)}"
+        )
+
+
+def check_same_device(name: str, tensor: Tensor, hidden_name: str, hidden: Tensor) -> None:
+    if tensor.device != hidden.device:
+        raise ValueError(f"{name} is on {tensor.device}, but {hidden_name} is on {hidden.device}")
+
+
+def check_no_grad(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ValueError(f"{name} requires grad, but no gradient flows to it: detach it")
+
+
+def check_frozen(name: str, frozen: Tensor, hidden_name: str, hidden: Tensor) -> None:
+    check_tensor(name, frozen)
+    if frozen.shape != hidden.shape:
+        raise ValueError(
+            f"{name} must have the shape of {hidden_name}, {list(hidden.shape)}, got {list(frozen.shape)}"
+        )
+    check_same_device(name, frozen, hidden_name, hidden)
+    check_no_grad(name, frozen)
+
+
+def check_direction(direction: Tensor, hidden_name: str, hidden: Tensor) -> None:
+    check_tensor("direction", direction)
+    features = hidden.shape[-1]
+    per_sequence = hidden.ndim == 3 and direction.shape == (hidden.shape[0], features)
+    if direction.shape != (features,) and not per_sequence:
+        raise ValueError(
+            f"direction must have the shape [D] = [{features}], or [B, D] for {hidden_name} [B, T, D], "
+            f"got {list(direction.shape)} for {hidden_name} {list(hidden.shape)}"
+        )
+    check_same_device("direction", direction, hidden_name, hidden)
+    check_no_grad("direction", direction)
+
+
+def check_coefficient(coefficient: Tensor | float, hidden_name: str, hidden: Tensor) -> None:
+    if not isinstance(coefficient, Tensor):
+        check_number("coefficient", coefficient)
+        return
+    check_tensor("coefficient", coefficient)
+    per_sequence = hidden.ndim == 3 and coefficient.shape == hidden.shape[:1]
+    if coefficient.ndim and coefficient.shape != hidden.shape[:-1] and not per_sequence:
+        raise ValueError(
+            f"coefficient must be a number, a 0-d tensor, [B] for {hidden_name} [B, T, D], or one per token, "
+            f"{list(hidden.shape[:-1])}, got {list(coefficient.shape)} for {hidden_name} {list(hidden.shape)}"
+        )
+    check_same_device("coefficient", coefficient, hidden_name, hidden)
+    check_no_grad("coefficient", coefficient)
+
+
+def check_mask(name: str, mask: Tensor | None, hidden_name: str, hidden: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(mask).__name__}")
+    if mask.is_complex():
+        raise TypeError(f"{name} must be boolean, integer or floating point, got {mask.dtype}")
+    if mask.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the shape of {hidden_name} without its last dimension, "
+            f"{list(hidden.shape[:-1])}, got {list(mask.shape)}"
+        )
+    check_same_device(name, mask, hidden_name, hidden)
+    check_no_grad(name, mask)
+
+
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    check_number(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def check_reduction(reduction: str, hidden_name: str, hidden: Tensor, choices=REDUCTIONS) -> None:
+    check_choice("reduction", reduction, choices)
+    if reduction == "sequence_mean" and hidden.ndim != 3:
+        raise ValueError(
+            f"reduction 'sequence_mean' needs {hidden_name} of shape [B, T, D], got {list(hidden.shape)}"
+        )
+
+
+def check_noise(name: str, noise: float, seed: Tensor | int | None, hidden_name: str, hidden: Tensor) -> None:
+    check_not_negative(name, noise)
+    if seed is None:
+        if noise:
+            raise ValueError(f"{name} {noise} needs a seed, a new one for every step")
+        return
+    if isinstance(seed, Tensor):
+        check_tensor("seed", seed, (torch.int64,))
+        if seed.ndim:
+            raise ValueError(f"seed must be an integer or a 0-d tensor, got the shape {list(seed.shape)}")
+        check_same_device("seed", seed, hidden_name, hidden)
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer or a 0-d int64 tensor, got {type(seed).__name__}")
+    elif not 0 <= seed < 2**63:
+        raise ValueError(f"seed must lie in [0, 2^63), got {seed}")

@@ -1,0 +1,261 @@
+"""The losses of Representation Misdirection for Unlearning (RMU) as functions.
+
+Notation: h is a token's hidden state after the hooked layer in the model being trained, h0 the same in the frozen
+model, u the steering direction, D the hidden size. Every loss is fp32, and gradients flow to h alone.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rmu_kernels import checks, reference
+from rmu_kernels.backend import resolve_backend
+from rmu_kernels.reference import Term
+
+
+def _loss(term: Term, reduction: str, backend: str) -> Tensor:
+    resolve_backend(term.hidden, backend)
+    return reference.term_loss(term, reduction)
+
+
+def steering_mse(
+    hidden: Tensor,
+    direction: Tensor,
+    coefficient: Tensor | float,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """The forget loss of RMU, mean (h - c u)^2 (Li et al. 2024, arXiv 2403.03218, section 4).
+
+    hidden: `[..., D]`, fp32, bf16 or fp16, any strides.
+    direction: `[D]`, or `[B, D]` for one direction per sequence of a `[B, T, D]` hidden.
+    coefficient: c, a number, a 0-d tensor, `[B]`, or one per token (`hidden.shape[:-1]`).
+    mask: `hidden.shape[:-1]`, nonzero = counted. A masked token gets a gradient of exact zeros.
+    reduction: "mean", the sum of squared errors / (D * counted tokens), without a mask equal to
+        `torch.nn.functional.mse_loss(hidden, coefficient * direction)`; "sequence_mean", the mean over the sequences
+        of `[B, T, D]` with a counted token of each one's own mean; "sum", no division; "none", one value per token,
+        the mean over D, and 0 where masked. Nothing counted: 0.
+    backend: see `resolve_backend`.
+    Returns a 0-d fp32 tensor; for "none" `hidden.shape[:-1]`.
+    Raises ValueError or TypeError naming an argument of a wrong shape, dtype, device or value.
+    """
+    checks.check_hidden("hidden", hidden)
+    checks.check_direction(direction, "hidden", hidden)
+    checks.check_coefficient(coefficient, "hidden", hidden)
+    checks.check_mask("mask", mask, "hidden", hidden)
+    checks.check_reduction(reduction, "hidden", hidden)
+    return _loss(Term(hidden, direction=direction, coefficient=coefficient, mask=mask), reduction, backend)
+
+
+def adaptive_steering_mse(
+    hidden: Tensor,
+    frozen_hidden: Tensor,
+    direction: Tensor,
+    scale: float,
+    *,
+    relative: bool = False,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """The forget loss of Adaptive RMU, mean (h - beta ||h0|| u)^2 (Dang et al. 2024, arXiv 2408.06223, equation 9).
+
+    frozen_hidden: h0, with the shape of `hidden` and any of the dtypes; its norm is taken in fp32 inside the kernel.
+    scale: beta.
+    relative: divide a token's squared error by ||h0||^2, so that tokens of every norm weigh the same.
+    The rest as in `steering_mse`.
+    """
+    checks.check_hidden("hidden", hidden)
+    checks.check_frozen("frozen_hidden", frozen_hidden, "hidden", hidden)
+    checks.check_direction(direction, "hidden", hidden)
+    checks.check_number("scale", scale)
+    checks.check_mask("mask", mask, "hidden", hidden)
+    checks.check_reduction(reduction, "hidden", hidden)
+    term = Term(hidden, frozen_hidden, direction, scale=scale, mask=mask, relative=relative)
+    return _loss(term, reduction, backend)
+
+
+def retain_mse(
+    hidden: Tensor,
+    frozen_hidden: Tensor,
+    *,
+    noise: float = 0.0,
+    seed: Tensor | int | None = None,
+    relative: bool = False,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """The retain loss, mean (h - h0)^2 (Li et al. 2024, arXiv 2403.03218, section 4).
+
+    frozen_hidden: h0, with the shape of `hidden` and any of the dtypes.
+    noise: nu of random noise augmentation, mean (h - (h0 + nu eps))^2 with eps ~ N(0, 1) (arXiv 2501.19202). On forget
+        tokens this is the random steering vector's forget loss.
+    seed: of the noise, an integer or, to change it inside a CUDA graph, a 0-d int64 tensor. The same seed gives the
+        same noise; Triton and PyTorch draw different values from it.
+    relative: divide a token's squared error by ||h0||^2.
+    The rest as in `steering_mse`.
+    """
+    checks.check_hidden("hidden", hidden)
+    checks.check_frozen("frozen_hidden", frozen_hidden, "hidden", hidden)
+    checks.check_noise("noise", noise, seed, "hidden", hidden)
+    checks.check_mask("mask", mask, "hidden", hidden)
+    checks.check_reduction(reduction, "hidden", hidden)
+    term = Term(hidden, frozen_hidden, mask=mask, keep_frozen=True, noise=noise, seed=seed, relative=relative)
+    return _loss(term, reduction, backend)
+
+
+def adaptive_coefficient(
+    frozen_hidden: Tensor,
+    scale: float,
+    *,
+    mask: Tensor | None = None,
+    scope: str = "token",
+    statistic: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """beta ||h0||, the coefficient of Adaptive RMU (arXiv 2408.06223), as a detached fp32 tensor.
+
+    frozen_hidden: `[..., D]`. scale: beta. mask: `frozen_hidden.shape[:-1]`, nonzero = counted.
+    scope: "token", one per token (0 where masked); "sequence", `[B]` for `[B, T, D]`; "batch", 0-d.
+    statistic: "mean" or "median" (the lower one) over the counted tokens of the scope; 0 where none is. The released
+        code's value, the mean over sequences of each one's mean, is the mean of the scope "sequence".
+    """
+    checks.check_hidden("frozen_hidden", frozen_hidden)
+    checks.check_number("scale", scale)
+    checks.check_mask("mask", mask, "frozen_hidden", frozen_hidden)
+    checks.check_choice("scope", scope, ("token", "sequence", "batch"))
+    checks.check_choice("statistic", statistic, ("mean", "median"))
+    if scope == "sequence" and frozen_hidden.ndim != 3:
+        raise ValueError(
+            f"scope 'sequence' needs frozen_hidden of shape [B, T, D], got {list(frozen_hidden.shape)}"
+        )
+    resolve_backend(frozen_hidden, backend)
+    norms = reference.token_norm(frozen_hidden.detach())
+    return scale * reference.reduce_norms(norms, mask, scope, statistic)
+
+
+class RMULossOutput(NamedTuple):
+    """loss = forget_loss + alpha * retain_loss carries the gradient; the other tensors are detached, all are 0-d fp32.
+
+    metrics: empty unless asked for; then the means over counted tokens `forget_norm` (||h||), `forget_cosine` (h against
+    its target), `coefficient_mean`, `retain_norm` and `retain_cosine` (h against h0). Targets are taken without noise.
+    """
+
+    loss: Tensor
+    forget_loss: Tensor
+    retain_loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def rmu_loss(
+    forget: Tensor,
+    retain: Tensor,
+    frozen_retain: Tensor,
+    direction: Tensor | None,
+    *,
+    coefficient: Tensor | float | None = None,
+    frozen_forget: Tensor | None = None,
+    scale: float | None = None,
+    alpha: float = 1.0,
+    relative: bool = False,
+    forget_noise: float = 0.0,
+    retain_noise: float = 0.0,
+    seed: Tensor | int | None = None,
+    forget_mask: Tensor | None = None,
+    retain_mask: Tensor | None = None,
+    reduction: str = "mean",
+    metrics: bool = False,
+    backend: str = "auto",
+) -> RMULossOutput:
+    """The whole loss of a step, forget + alpha * retain, in one pass over the data.
+
+    | method | arguments | forget term |
+    |---|---|---|
+    | RMU, arXiv 2403.03218 | `coefficient` | (h - c u)^2 |
+    | Adaptive RMU, arXiv 2408.06223 | `frozen_forget`, `scale` | (h - beta \\|\\|h0\\|\\| u)^2 |
+    | random steering vector | `direction=None`, `frozen_forget`, `forget_noise`, `seed` | (h - (h0 + nu eps))^2 |
+
+    The retain term is (h - h0)^2; `retain_noise` and `seed` add nu eps to its target (arXiv 2501.19202), and
+    `relative`, with `frozen_forget`, divides both terms by ||h0||^2 token by token.
+
+    forget, retain: `[..., D]` hidden states of the model being trained; their leading shapes are independent.
+    frozen_retain, frozen_forget: h0, with the shape of `retain` and `forget`.
+    direction: `[D]`, or `[B, D]` for one per sequence of a `[B, T, D]` forget.
+    coefficient, scale: as in `steering_mse` and `adaptive_steering_mse`. alpha: weight of the retain term.
+    forget_mask, retain_mask: `forget.shape[:-1]` and `retain.shape[:-1]`, nonzero = counted.
+    reduction: "mean", "sequence_mean" or "sum", each term by itself.
+    metrics: also return the means described in `RMULossOutput`; they need no further pass and no synchronisation.
+    backend: see `resolve_backend`.
+    Raises ValueError or TypeError naming an argument of a wrong shape, dtype, device, value or combination.
+    """
+    checks.check_hidden("forget", forget)
+    checks.check_hidden("retain", retain)
+    if retain.shape[-1] != forget.shape[-1]:
+        raise ValueError(f"retain has {retain.shape[-1]} features, but forget has {forget.shape[-1]}")
+    checks.check_same_device("retain", retain, "forget", forget)
+    checks.check_frozen("frozen_retain", frozen_retain, "retain", retain)
+    if frozen_forget is not None:
+        checks.check_frozen("frozen_forget", frozen_forget, "forget", forget)
+    if direction is not None:
+        checks.check_direction(direction, "forget", forget)
+    _check_forget_target(direction, coefficient, frozen_forget, scale, forget_noise)
+    if coefficient is not None:
+        checks.check_coefficient(coefficient, "forget", forget)
+    if scale is not None:
+        checks.check_number("scale", scale)
+    if relative and frozen_forget is None:
+        raise ValueError("relative divides by the norms of frozen_forget, which was not given")
+    checks.check_number("alpha", alpha)
+    checks.check_noise("forget_noise", forget_noise, seed, "forget", forget)
+    checks.check_noise("retain_noise", retain_noise, seed, "forget", forget)
+    checks.check_mask("forget_mask", forget_mask, "forget", forget)
+    checks.check_mask("retain_mask", retain_mask, "retain", retain)
+    for name, hidden in (("forget", forget), ("retain", retain)):
+        checks.check_reduction(reduction, name, hidden, ("mean", "sequence_mean", "sum"))
+
+    forget_term = Term(
+        forget,
+        frozen_forget,
+        direction,
+        coefficient,
+        scale,
+        forget_mask,
+        keep_frozen=direction is None,
+        noise=forget_noise,
+        seed=seed,
+        relative=relative,
+    )
+    retain_term = Term(
+        retain,
+        frozen_retain,
+        mask=retain_mask,
+        keep_frozen=True,
+        noise=retain_noise,
+        seed=seed,
+        relative=relative,
+    )
+    resolve_backend(forget, backend)
+    loss, forget_loss, retain_loss, values = reference.rmu_loss(
+        forget_term, retain_term, alpha, reduction, metrics
+    )
+    measured = dict(zip(reference.NORM_METRICS, values, strict=True)) if metrics else {}
+    return RMULossOutput(loss, forget_loss, retain_loss, measured)
+
+
+def _check_forget_target(direction, coefficient, frozen_forget, scale, forget_noise) -> None:
+    if direction is None:
+        if coefficient is not None or scale is not None:
+            raise ValueError("direction is None, but coefficient or scale, which multiply it, are given")
+        if frozen_forget is None or not forget_noise:
+            raise ValueError(
+                "direction is None: a random steering vector needs frozen_forget and forget_noise"
+            )
+        return
+    if (coefficient is None) == (scale is None):
+        given = "both are given" if scale is not None else "neither is given"
+        raise ValueError(f"exactly one of coefficient and scale is needed, {given}")
+    if (scale is None) != (frozen_forget is None):
+        raise ValueError("scale and frozen_forget belong together: give both, or coefficient alone")

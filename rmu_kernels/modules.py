@@ -1,0 +1,118 @@
+"""`rmu_loss` as modules that hold what does not change from step to step."""
+
+from torch import Tensor, nn
+
+from rmu_kernels.functional import RMULossOutput, rmu_loss
+
+
+class _RMULoss(nn.Module):
+    def __init__(self, direction: Tensor, alpha: float, **settings):
+        super().__init__()
+        self.register_buffer("direction", direction.detach())
+        self.alpha = alpha
+        self.settings = settings
+
+    def extra_repr(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return f"features={self.direction.shape[-1]}, alpha={self.alpha}, {settings}"
+
+
+class RMULoss(_RMULoss):
+    """RMU with a fixed coefficient (Li et al. 2024, arXiv 2403.03218); the arguments are those of `rmu_loss`.
+
+    `direction` is a buffer: it moves with `.to(device)` and is saved in the state dict.
+    """
+
+    def __init__(
+        self,
+        direction: Tensor,
+        coefficient: float,
+        alpha: float = 1.0,
+        *,
+        retain_noise: float = 0.0,
+        reduction: str = "mean",
+        metrics: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            direction, alpha, retain_noise=retain_noise, reduction=reduction, metrics=metrics, backend=backend
+        )
+        self.coefficient = coefficient
+
+    def forward(
+        self,
+        forget: Tensor,
+        retain: Tensor,
+        frozen_retain: Tensor,
+        *,
+        forget_mask: Tensor | None = None,
+        retain_mask: Tensor | None = None,
+        seed: Tensor | int | None = None,
+    ) -> RMULossOutput:
+        return rmu_loss(
+            forget,
+            retain,
+            frozen_retain,
+            self.direction,
+            coefficient=self.coefficient,
+            alpha=self.alpha,
+            forget_mask=forget_mask,
+            retain_mask=retain_mask,
+            seed=seed,
+            **self.settings,
+        )
+
+
+class AdaptiveRMULoss(_RMULoss):
+    """Adaptive RMU, token by token (Dang et al. 2024, arXiv 2408.06223); the arguments are those of `rmu_loss`.
+
+    `direction` is a buffer: it moves with `.to(device)` and is saved in the state dict.
+    """
+
+    def __init__(
+        self,
+        direction: Tensor,
+        scale: float,
+        alpha: float = 1.0,
+        *,
+        relative: bool = False,
+        retain_noise: float = 0.0,
+        reduction: str = "mean",
+        metrics: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            direction,
+            alpha,
+            relative=relative,
+            retain_noise=retain_noise,
+            reduction=reduction,
+            metrics=metrics,
+            backend=backend,
+        )
+        self.scale = scale
+
+    def forward(
+        self,
+        forget: Tensor,
+        retain: Tensor,
+        frozen_forget: Tensor,
+        frozen_retain: Tensor,
+        *,
+        forget_mask: Tensor | None = None,
+        retain_mask: Tensor | None = None,
+        seed: Tensor | int | None = None,
+    ) -> RMULossOutput:
+        return rmu_loss(
+            forget,
+            retain,
+            frozen_retain,
+            self.direction,
+            frozen_forget=frozen_forget,
+            scale=self.scale,
+            alpha=self.alpha,
+            forget_mask=forget_mask,
+            retain_mask=retain_mask,
+            seed=seed,
+            **self.settings,
+        )
