@@ -1,0 +1,8 @@
+"""Unlearning with RMU and Adaptive RMU: a thin trainer that stops at the hooked layer."""
+
+from rmu.config import RMUConfig, UnlearningArguments
+from rmu.trainer import RMUTrainer
+from rmu.unlearn import unlearn
+from rmu.window import FrozenPass, LayerWindow
+
+__all__ = ["FrozenPass", "LayerWindow", "RMUConfig", "RMUTrainer", "UnlearningArguments", "unlearn"]

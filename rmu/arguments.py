@@ -1,0 +1,59 @@
+"""The argument parser of ``rmu unlearn``: dataclass fields as flags, with a help that a person can read."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from rmu.config import RMUConfig, UnlearningArguments
+
+# TrainingArguments has over a hundred flags; these are the ones that unlearning runs set.
+_COMMON = {
+    "output_dir", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed", "data_seed", "logging_steps",
+    "save_strategy", "save_steps", "resume_from_checkpoint", "report_to", "use_cpu",
+}  # fmt: skip
+
+
+class _UnlearnParser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (rmu unlearn --help lists the arguments)")
+
+
+class _HelpAll(argparse.Action):
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
+        parser.print_help()
+        sys.exit(0)
+
+
+def unlearn_parser(full_help: bool = False) -> HfArgumentParser:
+    """The parser; ``full_help`` shows the flags of ``TrainingArguments`` too that ``--help`` leaves out."""
+    parser = _UnlearnParser(
+        (UnlearningArguments, RMUConfig),
+        prog="rmu unlearn",
+        usage="rmu unlearn [--config PRESET_OR_YAML] --model M --forget F [F ...] --retain R [R ...] --output_dir O",
+        description="Make a model forget. Only layers 0..l are loaded; the result is the original checkpoint with exactly "
+        "the trained tensors changed.",
+        epilog="Every other flag of transformers.TrainingArguments works too: --help_all lists them.",
+        formatter_class=argparse.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="PRESET_OR_YAML", help="Settings from a preset or a YAML file; flags win."
+    )
+    parser.add_argument("--help_all", action=_HelpAll, help="Show every flag.")
+    if not full_help:
+        inherited = {f.name for f in fields(TrainingArguments)} - _COMMON
+        for action in parser._actions:
+            if action.dest in inherited or any(s.startswith("--no_") for s in action.option_strings):
+                action.help = argparse.SUPPRESS
+            elif action.dest not in ("help", "help_all", "config"):
+                action.metavar = action.metavar or "X"
+    return parser

@@ -1,0 +1,288 @@
+"""Checkpoint surgery: the original folder with exactly the trained tensors changed.
+
+Files that hold no trained tensor are hard-linked or copied; a shard that holds one is copied and the tensor's bytes replaced in
+the copy, so memory stays at one tensor and every other byte stays as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+# Weights in any other form would carry the knowledge along into the result.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes lie: ``file[begin:end]``."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def local_folder(model: str | Path) -> Path:
+    """The folder of a model given as a folder or a hub id (downloaded to the hub's cache when needed).
+
+    Raises:
+        ValueError: neither a folder nor a reachable hub id.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.bin"]
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except (HFValidationError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model: {str(model)!r} is neither a folder nor a hub id that can be reached ({reason})"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that ``from_pretrained`` reads from ``folder``.
+
+    Raises:
+        ValueError: no safetensors weights (the message says so when there are pickles), a missing shard, or an index that
+            points outside the folder.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"model: {folder} has no {CONFIG_FILE}, expected a model folder as save_pretrained writes it"
+        )
+    if (folder / SINGLE_FILE).is_file():
+        return [SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"model: {folder / INDEX_FILE} is not a shard index: {error!r}") from error
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"model: {INDEX_FILE} names {name!r}, expected a file of the same folder")
+            if not (folder / name).is_file():
+                raise ValueError(f"model: {folder} lacks the shard {name} that {INDEX_FILE} names")
+        return names
+    if any((folder / name).exists() for name in _PICKLES):
+        raise ValueError(
+            f"model: {folder} has pickle weights only ({_PICKLES[0]}), which can run code when they are read; "
+            "use a folder with safetensors weights, or allow it with --allow_pickle true"
+        )
+    raise ValueError(f"model: {folder} has no safetensors weights ({SINGLE_FILE} or {INDEX_FILE})")
+
+
+def has_only_pickles(folder: Path) -> bool:
+    """Whether the folder's weights are pickles and nothing else."""
+    safe = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+    return not safe and any((folder / name).exists() for name in _PICKLES)
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model folder by name, from the files' headers alone.
+
+    Raises:
+        ValueError: a file that is not valid safetensors (its library checks offsets and sizes).
+    """
+    found: dict[str, StoredTensor] = {}
+    for name in weight_files(folder):
+        path = folder / name
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"model: {path} is not a valid safetensors file: {error}") from error
+        with open(path, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+        for tensor, entry in header.items():
+            if tensor != "__metadata__":
+                begin, end = entry["data_offsets"]
+                found[tensor] = StoredTensor(
+                    name, entry["dtype"], tuple(entry["shape"]), 8 + size + begin, 8 + size + end
+                )
+    return found
+
+
+def resolve_names(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], prefix: str
+) -> dict[str, StoredTensor]:
+    """The stored tensor behind each trained one.
+
+    Args:
+        shapes: shape of every trained tensor by its name in the whole causal model.
+        prefix: the base model's attribute name with a dot; checkpoints of a bare base model lack it.
+
+    Raises:
+        ValueError: a name that the checkpoint does not have, or has in another shape or dtype (the library may have merged or
+            renamed tensors while loading); such a result could not be written back.
+    """
+    stored = stored_tensors(folder)
+    resolved = {}
+    for name, shape in shapes.items():
+        entry = stored.get(name) or stored.get(name.removeprefix(prefix))
+        if entry is None or entry.shape != tuple(shape) or entry.dtype not in _DTYPES:
+            what = "no such tensor" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+            raise ValueError(
+                f"trained_parameters: {name} {list(shape)} cannot be written back: {folder} has {what} under that name"
+            )
+        resolved[name] = entry
+    return resolved
+
+
+def check_output_folder(output: Path, allowed_prefixes: tuple[str, ...] = ()) -> None:
+    """Raise ``ValueError`` unless ``output`` is new, or an empty folder, and can be written.
+
+    Args:
+        allowed_prefixes: entries that may be there already (a trainer's own ``checkpoint-N``).
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir: {output} is a file, expected a new or an empty folder")
+    if output.is_dir():
+        there = [p.name for p in output.iterdir() if not p.name.startswith(allowed_prefixes or ("\0",))]
+        if there:
+            raise ValueError(
+                f"output_dir: {output} exists and is not empty ({sorted(there)[0]}, ...); name a new folder"
+            )
+    parent = _existing_parent(output)
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"output_dir: no permission to write in {parent}")
+
+
+def check_disk_space(folder: Path, output: Path, touched: Iterable[str]) -> None:
+    """Raise ``ValueError`` when the file system of ``output`` cannot hold the result."""
+    touched = set(touched)
+    parent = _existing_parent(output)
+    linked = folder.resolve().stat().st_dev == parent.stat().st_dev
+    needed = sum(
+        path.stat().st_size
+        for path in _copied_files(folder)
+        if path.name in touched or not _can_link(path, linked)
+    )
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise ValueError(f"output_dir: {needed / 1e9:.2f} GB needed at {output}, {free / 1e9:.2f} GB free")
+
+
+def save_unlearned(
+    folder: Path,
+    output: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    entries: Mapping[str, StoredTensor],
+    extra_files: Mapping[str, bytes],
+) -> None:
+    """Write the original checkpoint with exactly ``tensors`` changed.
+
+    The folder is built beside ``output`` and renamed into place. Where ``output`` exists already, its files are replaced one by
+    one and ``config.json``, without which nothing loads, is taken away first and put back last.
+
+    Args:
+        folder: the original model folder.
+        tensors: trained values by name, stored in the original dtype (one rounding).
+        entries: from :func:`resolve_names`.
+        extra_files: further files by name, written as they are.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    touched = {entry.file for entry in entries.values()}
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        for path in _copied_files(folder):
+            if path.name in extra_files:
+                continue
+            if path.name not in touched and path.suffix == ".safetensors":
+                _link_or_copy(path, staging / path.name)
+            else:
+                shutil.copyfile(path, staging / path.name)
+        for name, tensor in tensors:
+            _replace_bytes(staging / entries[name].file, tensor, entries[name])
+        for name, content in extra_files.items():
+            (staging / name).write_bytes(content)
+        for path in staging.iterdir():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+        staging.chmod(0o755)
+        _put_in_place(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def as_safetensors(folder: Path, beside: Path) -> Iterator[Path]:
+    """A temporary copy of a pickle-only model folder with safetensors weights, deleted at the end."""
+    from transformers import AutoModelForCausalLM
+
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.", dir=beside.parent) as copy:
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False, dtype="auto")
+        model.save_pretrained(copy)
+        for path in folder.iterdir():
+            if path.is_file() and not path.name.endswith(_OTHER_WEIGHTS) and path.name not in _PICKLES:
+                shutil.copyfile(path, Path(copy) / path.name)
+        del model
+        yield Path(copy)
+
+
+def _copied_files(folder: Path) -> list[Path]:
+    weights = set(weight_files(folder))
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
+    return [
+        path
+        for path in files
+        if path.name in weights or not path.name.endswith((*_OTHER_WEIGHTS, ".bin.index.json"))
+    ]
+
+
+def _replace_bytes(path: Path, tensor: Tensor, entry: StoredTensor) -> None:
+    data = tensor.detach().to("cpu", _DTYPES[entry.dtype]).contiguous().flatten().view(torch.uint8).numpy()
+    if data.nbytes != entry.end - entry.begin:
+        raise ValueError(f"tensor: got {data.nbytes} bytes for {entry.end - entry.begin} in {path.name}")
+    with open(path, "r+b") as stream:
+        stream.seek(entry.begin)
+        stream.write(data)
+
+
+def _can_link(path: Path, same_device: bool) -> bool:
+    return same_device and path.suffix == ".safetensors"
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _put_in_place(staging: Path, output: Path) -> None:
+    if not output.exists() or not any(output.iterdir()):
+        os.replace(staging, output)
+        return
+    (output / CONFIG_FILE).unlink(missing_ok=True)
+    for path in sorted(staging.iterdir(), key=lambda p: p.name == CONFIG_FILE):
+        os.replace(path, output / path.name)
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

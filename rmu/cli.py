@@ -1,0 +1,145 @@
+"""The ``rmu`` command."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+COMMANDS = {
+    "unlearn": "make a model forget, and save it",
+    "eval": "measure a model: accuracy on lm-evaluation-harness tasks, perplexity",
+    "demo": "unlearn a small real model and report what happened",
+    "presets": "list the settings that ship with the package, or show one",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 after a one-line error."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: rmu COMMAND [--help] ...\n\nMake a language model forget, with RMU and Adaptive RMU.\n")
+        print("\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items()))
+        return 0 if argv else 2
+    command, *rest = argv
+    if command not in COMMANDS:
+        return _fail(f"no command {command!r}{_nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+    run: Callable[[list[str]], None] = globals()[f"_{command}"]
+    try:
+        run(rest)
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was saved", code=130)
+    return 0
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"rmu: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    return sorted(
+        p.name.removesuffix(".yaml") for p in files("rmu.presets").iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def read_settings(source: str, known: Sequence[str]) -> dict[str, Any]:
+    """Flat settings from a YAML file or a preset's name.
+
+    Raises:
+        ValueError: no such file or preset, not a mapping, or an unknown key (the nearest known one is named).
+    """
+    path = Path(source)
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"config: {source} is not UTF-8 text: {error}") from error
+    elif source in preset_names():
+        text = (files("rmu.presets") / f"{source}.yaml").read_text(encoding="utf-8")
+    else:
+        names = preset_names()
+        raise ValueError(
+            f"config: {source!r} is no file and no preset{_nearest(source, names)}; presets: {', '.join(names)}"
+        )
+    try:
+        settings = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {source} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config: {source} holds a {type(settings).__name__}, expected 'name: value' lines")
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"config: {source} sets {key!r}, which is no setting{_nearest(str(key), known)}")
+    return settings
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{message} (rmu {self.prog.split()[-1]} --help lists the arguments)")
+
+
+def parse_unlearn(argv: Sequence[str]) -> tuple[Any, Any]:
+    """``(UnlearningArguments, RMUConfig)`` from flags and ``--config``; flags win.
+
+    Raises:
+        ValueError: an unknown or malformed argument, or a required one missing.
+    """
+    from rmu.arguments import unlearn_parser
+
+    parser = unlearn_parser(full_help="--help_all" in argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config, rest = first.parse_known_args(list(argv))
+    if config.config:
+        known = [
+            action.dest for action in parser._actions if action.dest not in ("help", "help_all", "config")
+        ]
+        settings = read_settings(config.config, known)
+        for action in parser._actions:
+            if action.dest in settings:
+                action.required = False
+                value = settings[action.dest]
+                # argparse converts a default only when it is a string: "1e-3" is one in YAML.
+                action.default = [value] if action.nargs == "+" and not isinstance(value, list) else value
+    try:
+        return parser.parse_args_into_dataclasses(rest)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+
+
+def _unlearn(argv: list[str]) -> None:
+    arguments, config = parse_unlearn(argv)
+    from rmu.unlearn import unlearn
+
+    print(f"saved: {unlearn(arguments, config)}")
+
+
+def _presets(argv: list[str]) -> None:
+    parser = _Parser("rmu presets", description="List the presets, or show one as YAML.")
+    parser.add_argument("name", nargs="?", help="the preset to show")
+    name = parser.parse_args(argv).name
+    if name is None:
+        for preset in preset_names():
+            text = (files("rmu.presets") / f"{preset}.yaml").read_text(encoding="utf-8")
+            print(f"{preset:28} {text.splitlines()[0].lstrip('# ')}")
+    elif name in preset_names():
+        print((files("rmu.presets") / f"{name}.yaml").read_text(encoding="utf-8"), end="")
+    else:
+        raise ValueError(
+            f"name: no preset {name!r}{_nearest(name, preset_names())}; presets: {', '.join(preset_names())}"
+        )

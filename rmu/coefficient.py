@@ -1,0 +1,66 @@
+"""The steering coefficient: the constant c of RMU, or Adaptive RMU's beta times natural norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmu_kernels import adaptive_coefficient
+
+SCOPES = ("token", "batch", "first_batch")
+STATISTICS = ("mean", "median")
+
+
+class SteeringCoefficient:
+    """The length of the target of each topic's hidden states.
+
+    ``rmu`` (Li et al. 2024, arXiv 2403.03218): the constant c. ``adaptive`` (Dang et al. 2024, arXiv 2408.06223): beta ||h||, where ||h|| is
+
+    * scope ``token``: each token's norm in the frozen model, the paper's formula read literally;
+    * scope ``batch``: the mean (or median) of those norms over the counted tokens of each batch;
+    * scope ``first_batch``: that of a topic's first batch in the model being trained, kept, as the authors' code has it.
+
+    Args:
+        method: ``rmu`` or ``adaptive``.
+        values: c (``rmu``) or beta (``adaptive``) of each topic.
+        scope: one of ``SCOPES``.
+        statistic: ``mean`` or ``median``; means nothing for scope ``token``.
+    """
+
+    def __init__(
+        self, method: str, values: list[float], scope: str = "token", statistic: str = "mean"
+    ) -> None:
+        self.method, self.values, self.scope, self.statistic = method, values, scope, statistic
+        self.first: dict[int, Tensor] = {}
+
+    def loss_arguments(self, topic: int, frozen: Tensor, trained: Tensor, mask: Tensor) -> dict[str, Any]:
+        """What ``rmu_kernels.rmu_loss`` needs to know of the target.
+
+        Args:
+            topic: index of the batch's topic.
+            frozen, trained: ``[B, T, D]`` forget states in the frozen model and in the model being trained.
+            mask: ``[B, T]``, nonzero for counted tokens.
+        """
+        value = self.values[topic]
+        if self.method == "rmu":
+            return {"coefficient": value}
+        if self.scope == "token":
+            return {"frozen_forget": frozen, "scale": value}
+        if self.scope == "batch":
+            return {"coefficient": self._over_batch(frozen, value, mask)}
+        if topic not in self.first:
+            self.first[topic] = self._over_batch(trained.detach(), value, mask)
+        return {"coefficient": self.first[topic]}
+
+    def _over_batch(self, hidden: Tensor, scale: float, mask: Tensor) -> Tensor:
+        return adaptive_coefficient(hidden, scale, mask=mask, scope="batch", statistic=self.statistic)
+
+    def state(self) -> dict[str, float]:
+        """First-batch values by topic, for a checkpoint."""
+        return {str(topic): value.item() for topic, value in self.first.items()}
+
+    def load_state(self, state: dict[str, float], device: torch.device) -> None:
+        """Restore :meth:`state`."""
+        self.first = {int(topic): torch.tensor(value, device=device) for topic, value in state.items()}

@@ -1,0 +1,169 @@
+"""Settings of a run: what to unlearn (``UnlearningArguments``) and how (``RMUConfig``)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from rmu.coefficient import SCOPES, STATISTICS
+from rmu.directions import DISTRIBUTIONS
+
+METHODS = ("rmu", "adaptive")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _list(default: list[Any], text: str) -> Any:
+    return field(default_factory=lambda: list(default), metadata={"help": text, "nargs": "+"})
+
+
+def _setting(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class UnlearningArguments:
+    """The model, and the texts to forget and to retain."""
+
+    model: str = field(metadata={"help": "Model folder or hub id."})
+    forget: list[str] = field(
+        metadata={
+            "help": "One corpus for each topic to forget: json, jsonl, txt or parquet file, or hub id "
+            "(name[:configuration[:split]]).",
+            "nargs": "+",
+        }
+    )
+    retain: list[str] = field(
+        metadata={"help": "Corpora to retain; with several, the steps alternate between them.", "nargs": "+"}
+    )
+    text_field: str = _setting("text", "Field of the corpora that holds the text.")
+    min_length: int = _setting(0, "Leave out texts of fewer characters.")
+    trust_remote_code: bool = _setting(False, "Run model code that comes with the checkpoint.")
+    allow_pickle: bool = _setting(False, "Read pickle weights where a checkpoint has no safetensors.")
+
+
+@dataclass
+class RMUConfig(TrainingArguments):
+    """Settings of :class:`rmu.RMUTrainer`: ``transformers.TrainingArguments`` and those of the method.
+
+    Fields that hold one value a topic take one value for all topics, or as many as there are topics. Defaults are those of the
+    published runs (constant learning rate, no weight decay, no gradient clipping), with pad and attention-sink rows left out of
+    both losses.
+
+    Raises:
+        ValueError: a value out of its range, named with its field.
+    """
+
+    method: str = _setting("adaptive", f"Forget target: {' or '.join(METHODS)} (Adaptive RMU).")
+    layer: int = _setting(7, "Hooked layer l, counted from 0; only layers 0..l are loaded.")
+    coefficient: list[float] = _list([6.5], "RMU's c, the length of the target (a value a topic).")
+    scale: list[float] = _list([5.0], "Adaptive RMU's beta, times the natural norm (a value a topic).")
+    alpha: list[float] = _list([1200.0], "Weight of the retain loss (a value a topic).")
+    scope: str = _setting("token", f"Whose norm Adaptive RMU takes: {', '.join(SCOPES)}.")
+    statistic: str = _setting(
+        "mean", f"How scopes batch and first_batch sum up norms: {' or '.join(STATISTICS)}."
+    )
+    trained_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers whose tensors train; default l-2 l-1 l.", "nargs": "+"}
+    )
+    trained_parameters: str | None = _setting(
+        None, "Regular expression searched in tensor names; default: the MLP's output projection."
+    )
+    direction_distribution: str = _setting(
+        "uniform", f"Entries of the steering directions: {' or '.join(DISTRIBUTIONS)}."
+    )
+    directions: str | None = _setting(
+        None, "Take the directions from this safetensors file (direction.0, ...)."
+    )
+    forget_max_length: list[int] = _list([512], "Maximum tokens of a forget text (a value a topic).")
+    retain_max_length: int = _setting(512, "Maximum tokens of a retain text.")
+    exclude_padding: bool = _setting(True, "Leave pad rows out of the losses and norms.")
+    exclude_sink: bool = _setting(True, "Leave the first and every BOS position out of the losses and norms.")
+    padding_side: str = _setting("right", "Pad on the right or left.")
+    shuffle: bool = _setting(True, "Read the corpora in a random order (of data_seed, else seed).")
+    dtype: str = _setting(
+        "auto", f"Dtype of the frozen layers: {', '.join(DTYPES)} (auto: the checkpoint's)."
+    )
+    parameter_dtype: str = _setting("auto", "Dtype of the trained tensors; float32 keeps master weights.")
+
+    output_dir: str | None = _setting(None, "Folder of the result: new or empty.")
+    max_steps: int = _setting(-1, "Optimizer steps; -1: every forget corpus is read once.")
+    per_device_train_batch_size: int = _setting(
+        4, "Forget rows, and as many retain rows, of a step on a device."
+    )
+    learning_rate: float = _setting(5e-5, "Learning rate of AdamW.")
+    lr_scheduler_type: str = _setting("constant", "Learning rate schedule.")
+    weight_decay: float = _setting(0.0, "Weight decay of AdamW.")
+    max_grad_norm: float = _setting(0.0, "Clip gradients to this norm; 0: never.")
+    logging_steps: float = _setting(10, "Log every so many steps.")
+    save_strategy: str = _setting("no", "Keep checkpoints during training: no, steps or epoch.")
+    remove_unused_columns: bool = _setting(False, "Must stay false: batches hold two texts.")
+
+    def __post_init__(self) -> None:
+        self._check()
+        super().__post_init__()
+
+    def _check(self) -> None:
+        for name in ("coefficient", "scale", "alpha", "forget_max_length"):
+            value = getattr(self, name)
+            setattr(self, name, list(value) if isinstance(value, (list, tuple)) else [value])
+        for name, choices in (
+            ("method", METHODS),
+            ("scope", SCOPES),
+            ("statistic", STATISTICS),
+            ("direction_distribution", DISTRIBUTIONS),
+            ("padding_side", ("right", "left")),
+            ("dtype", DTYPES),
+            ("parameter_dtype", DTYPES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        for name in ("coefficient", "scale", "alpha"):
+            for value in getattr(self, name):
+                if not (math.isfinite(value) and value >= 0):
+                    raise ValueError(f"{name}: got {value}, expected a finite number of at least 0")
+        lengths = [("forget_max_length", n) for n in self.forget_max_length]
+        for name, value in [*lengths, ("retain_max_length", self.retain_max_length)]:
+            if value < 2:
+                raise ValueError(f"{name}: got {value}, expected at least 2 tokens")
+        if self.layer < 0:
+            raise ValueError(f"layer: got {self.layer}, expected 0 or more")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps: got {self.max_steps}, expected at least 1, or -1 for one pass")
+        if self.per_device_train_batch_size < 1:
+            raise ValueError(
+                f"per_device_train_batch_size: got {self.per_device_train_batch_size}, expected at least 1"
+            )
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate: got {self.learning_rate}, expected a finite number above 0")
+
+    def per_topic(self, name: str, topics: int) -> list[Any]:
+        """A field's values, one a topic.
+
+        Raises:
+            ValueError: neither one value nor as many as topics.
+        """
+        values = getattr(self, name)
+        if len(values) not in (1, topics):
+            raise ValueError(f"{name}: got {len(values)} values for {topics} topics, expected 1 or {topics}")
+        return list(values) * (topics if len(values) == 1 else 1)
+
+    def method_settings(self) -> dict[str, Any]:
+        """The fields that this class defines, by name: the record of a run."""
+        inherited = {f.name for f in fields(TrainingArguments)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inherited}
+        training = (
+            "max_steps",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+        )
+        training += ("lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+        training += ("max_grad_norm", "warmup_steps", "optim", "seed", "data_seed")
+        return {**own, **{name: _plain(getattr(self, name)) for name in training}}
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)

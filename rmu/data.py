@@ -1,0 +1,231 @@
+"""Corpora, the order in which a run reads them, and the batches it makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+_READERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+def load_corpus(
+    source: str, *, field: str = "text", min_length: int = 0, argument: str = "corpus"
+) -> Dataset:
+    """A corpus as a ``datasets.Dataset`` with one column ``text``, blank rows left out.
+
+    Args:
+        source: a json, jsonl, txt (a line a sample) or parquet file, compressed or not, or a hub id
+            ``name[:configuration[:split]]`` (split ``train`` unless given).
+        field: the column that holds the text.
+        min_length: rows with fewer characters are left out.
+        argument: the argument's name in error messages.
+
+    Raises:
+        ValueError: no such file or data set, unreadable, no such field, or nothing left.
+    """
+    path = Path(source)
+    suffixes = [s for s in path.suffixes if s not in _COMPRESSED]
+    reader = _READERS.get(suffixes[-1]) if suffixes else None
+    try:
+        if path.is_file() and path.stat().st_size == 0:
+            raise ValueError(f"{argument}: {source} is empty")
+        if path.is_file() and reader:
+            rows = load_dataset(reader, data_files=str(path), split="train")
+        elif path.is_file():
+            raise ValueError(f"{argument}: {source} is none of {', '.join(_READERS)} (optionally compressed)")
+        elif reader or path.is_absolute() or source.count("/") > 1 or source.startswith("."):
+            raise ValueError(f"{argument}: no such file: {source}")
+        else:
+            name, configuration, split = [*source.split(":"), None, None][:3]
+            rows = load_dataset(name, configuration, split=split or "train")
+    except (DatasetGenerationError, OSError, ConnectionError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{argument}: {source} cannot be read: {_first_line(cause)}") from error
+    column = "text" if reader == "text" else field
+    if column not in rows.column_names:
+        raise ValueError(
+            f"{argument}: {source} has no field {column!r}; its fields are {', '.join(rows.column_names)}"
+        )
+    rows = rows.select_columns([column])
+    if column != "text":
+        rows = rows.rename_column(column, "text")
+    wrong = next((value for value in rows[:1]["text"] if not isinstance(value, str)), "")
+    if wrong != "":
+        raise ValueError(f"{argument}: {source} field {column!r} holds {type(wrong).__name__}, expected text")
+    least = max(1, min_length)
+    rows = rows.filter(
+        lambda texts: [isinstance(t, str) and len(t.strip()) >= least for t in texts],
+        input_columns="text",
+        batched=True,
+    )
+    if len(rows) == 0:
+        raise ValueError(f"{argument}: {source} is empty (no text of at least {least} characters)")
+    return rows
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+class UnlearningSchedule(torch.utils.data.Dataset):
+    """Which rows each step reads: item ``j`` is row ``j mod rows`` of step ``j div rows``.
+
+    Topics alternate: step ``i`` uses topic ``i mod K``. Retain corpora alternate too, and with fewer of them than topics consecutive
+    steps read the same retain batch, as the released loop does. A corpus that ends is read again, in a new order when shuffled.
+
+    Args:
+        forget, retain: one sequence of texts (or ``Dataset`` with a column ``text``) a topic and a retain corpus.
+        steps: number of optimizer steps.
+        rows: forget rows (and retain rows) of one step.
+        seed: seed of the orders.
+        shuffle: read in a random order instead of the corpus's own.
+    """
+
+    def __init__(
+        self,
+        forget: Sequence[Sequence[Any]],
+        retain: Sequence[Sequence[Any]],
+        *,
+        steps: int,
+        rows: int,
+        seed: int = 42,
+        shuffle: bool = True,
+    ) -> None:
+        for name, corpora in (("forget", forget), ("retain", retain)):
+            if not corpora:
+                raise ValueError(f"{name}: got no corpus, expected at least one")
+            for i, corpus in enumerate(corpora):
+                if len(corpus) == 0:
+                    raise ValueError(f"{name}[{i}]: the corpus is empty")
+        self.forget, self.retain = list(forget), list(retain)
+        self.steps, self.rows, self.seed, self.shuffle = steps, rows, seed, shuffle
+        self._orders: dict[tuple[str, int], tuple[int, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return self.steps * self.rows
+
+    def __getitem__(self, j: int) -> dict[str, Any]:
+        step, row = divmod(j, self.rows)
+        topics, retains = len(self.forget), len(self.retain)
+        return {
+            "topic": step % topics,
+            "forget": self._text("forget", step % topics, step // topics * self.rows + row),
+            "retain": self._text("retain", step % retains, step // max(topics, retains) * self.rows + row),
+        }
+
+    def passes(self) -> list[float]:
+        """How often each forget corpus is read, as a number of passes."""
+        topics = len(self.forget)
+        return [
+            len(range(i, self.steps, topics)) * self.rows / len(corpus)
+            for i, corpus in enumerate(self.forget)
+        ]
+
+    def _text(self, side: str, index: int, position: int) -> str:
+        corpus = getattr(self, side)[index]
+        repeat, place = divmod(position, len(corpus))
+        if self.shuffle:
+            place = int(self._order(side, index, repeat, len(corpus))[place])
+        item = corpus[place]
+        return item["text"] if isinstance(item, dict) else item
+
+    def _order(self, side: str, index: int, repeat: int, size: int) -> np.ndarray:
+        kept = self._orders.get((side, index))
+        if kept is None or kept[0] != repeat:
+            generator = np.random.default_rng([self.seed, side == "forget", index, repeat])
+            kept = self._orders[side, index] = (repeat, generator.permutation(size))
+        return kept[1]
+
+
+class UnlearningCollator:
+    """Tokenises and pads one micro-batch: ``{"topic": int, "forget": {...}, "retain": {...}}``.
+
+    Each side has ``input_ids``, ``attention_mask`` and ``loss_mask``, all ``[B, T]`` int64; the last is 1 for tokens that count in the
+    losses.
+
+    Args:
+        tokenizer: a tokenizer; without a pad token it pads with its eos token.
+        forget_lengths: maximum tokens of each topic's rows.
+        retain_length: maximum tokens of a retain row.
+        exclude_padding: pad rows do not count.
+        exclude_sink: the first token of each sequence and every BOS token do not count. Their norm is hundreds of times a typical
+            token's (an attention sink), so they would dominate the loss and every mean norm.
+        padding_side: ``right`` or ``left``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        forget_lengths: Sequence[int],
+        retain_length: int,
+        exclude_padding: bool = True,
+        exclude_sink: bool = True,
+        padding_side: str = "right",
+    ) -> None:
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side: got {padding_side!r}, expected left or right")
+        self.tokenizer = tokenizer
+        self.forget_lengths, self.retain_length = list(forget_lengths), retain_length
+        self.exclude_padding, self.exclude_sink = exclude_padding, exclude_sink
+        self.padding_side = padding_side
+        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if self.pad_id is None:
+            raise ValueError(
+                "tokenizer: it has neither a pad nor an eos token, expected one of them to pad with"
+            )
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        topic = items[0]["topic"]
+        if any(item["topic"] != topic for item in items):
+            raise ValueError(
+                f"items: got topics {[item['topic'] for item in items]}, expected one topic a batch"
+            )
+        return {
+            "topic": topic,
+            "forget": self._side([item["forget"] for item in items], self.forget_lengths[topic]),
+            "retain": self._side([item["retain"] for item in items], self.retain_length),
+        }
+
+    def _side(self, texts: list[str], length: int) -> dict[str, Tensor]:
+        rows = self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+        width = max(1, max(len(row) for row in rows))
+        input_ids = torch.full((len(rows), width), self.pad_id, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        first = torch.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            start = width - len(row) if self.padding_side == "left" else 0
+            input_ids[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+            attention_mask[i, start : start + len(row)] = 1
+            first[i, start] = 1
+        loss_mask = attention_mask.clone() if self.exclude_padding else torch.ones_like(attention_mask)
+        if self.exclude_sink:
+            loss_mask[first.bool()] = 0
+            if self.tokenizer.bos_token_id is not None:
+                # Where the pad or eos token is the bos token too, pads stay as exclude_padding says.
+                loss_mask[(input_ids == self.tokenizer.bos_token_id) & attention_mask.bool()] = 0
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Raise ``ValueError`` when a tokenizer cannot be the one of a model with ``vocabulary`` embeddings.
+
+    Vocabularies are often padded, so a somewhat smaller tokenizer is fine; a stub of a few tokens, which is what a folder without
+    tokenizer files can load as, is not.
+    """
+    size = len(tokenizer)
+    if size > vocabulary or size < vocabulary / 2:
+        raise ValueError(
+            f"tokenizer: it has {size} tokens and the model's vocabulary {vocabulary}; it is not this model's tokenizer "
+            "(are the tokenizer files missing from the folder?)"
+        )

@@ -1,0 +1,306 @@
+"""``RMUTrainer``: ``transformers.Trainer`` with the RMU losses on a layer window."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from rmu.checkpoint import local_folder, resolve_names, save_unlearned
+from rmu.coefficient import SteeringCoefficient
+from rmu.config import RMUConfig
+from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer
+from rmu.directions import FILE_NAME as DIRECTIONS_FILE
+from rmu.directions import directions_to_bytes, draw_directions, read_directions
+from rmu.window import LayerWindow
+from rmu_kernels import rmu_loss
+
+TRAINED_FILE = "rmu_trained.safetensors"
+STATE_FILE = "rmu_state.json"
+RUN_FILE = "rmu_run.json"
+
+
+class RMUTrainer(Trainer):
+    """Unlearn with RMU or Adaptive RMU.
+
+    Args:
+        model: a model folder or hub id, of which only layers ``0..l`` are read; or a causal model in memory; or a
+            :class:`LayerWindow`.
+        args: settings.
+        forget: one corpus a topic, each a list of texts or a ``Dataset`` with a column ``text``.
+        retain: retain corpora; steps alternate between them.
+        processing_class: the model's tokenizer; read from the model's folder when it is not given.
+        trust_remote_code: run model code that comes with the checkpoint.
+        callbacks, optimizers: as in ``transformers.Trainer``.
+
+    Raises:
+        ValueError: a setting that does not fit the model or the corpora, named.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | LayerWindow,
+        args: RMUConfig,
+        *,
+        forget: Sequence[Any],
+        retain: Sequence[Any],
+        processing_class: PreTrainedTokenizerBase | None = None,
+        trust_remote_code: bool = False,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        topics = len(forget)
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        values = args.per_topic("coefficient" if args.method == "rmu" else "scale", topics)
+        self.alphas = args.per_topic("alpha", topics)
+        lengths = args.per_topic("forget_max_length", topics)
+        schedule = UnlearningSchedule(
+            forget,
+            retain,
+            steps=args.max_steps,
+            rows=rows,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.shuffle,
+        )
+        if schedule.steps < 0:
+            schedule.steps = args.max_steps = topics * max(math.ceil(len(corpus) / rows) for corpus in forget)
+
+        if isinstance(model, str | Path):
+            self.base_folder: Path | None = local_folder(model)
+            parameter_dtype = None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype)
+            self.window = LayerWindow.from_pretrained(
+                str(self.base_folder),
+                args.layer,
+                dtype=args.dtype,
+                trained_layers=args.trained_layers,
+                trained_parameters=args.trained_parameters,
+                parameter_dtype=parameter_dtype,
+                trust_remote_code=trust_remote_code,
+            )
+        else:
+            self.window = model if isinstance(model, LayerWindow) else _window_of(model, args)
+            name = self.window.config._name_or_path
+            self.base_folder = Path(name) if name and Path(name).is_dir() else None
+        self.base_name = str(model) if isinstance(model, str | Path) else self.window.config._name_or_path
+        if processing_class is None:
+            if self.base_folder is None:
+                raise ValueError(
+                    "processing_class: got None, expected the tokenizer of a model given in memory"
+                )
+            processing_class = AutoTokenizer.from_pretrained(
+                self.base_folder, trust_remote_code=trust_remote_code
+            )
+        check_tokenizer(processing_class, self.window.config.get_text_config().vocab_size)
+        # Found out before training, not after it.
+        self.stored = (
+            resolve_names(
+                self.base_folder,
+                {name: tuple(tensor.shape) for name, tensor in self.window.trained_tensors()},
+                self.window.model.base_model_prefix + ".",
+            )
+            if self.base_folder
+            else None
+        )
+        if args.directions:
+            self.directions = read_directions(args.directions, topics, self.window.hidden_size)
+        else:
+            self.directions = draw_directions(
+                topics, self.window.hidden_size, seed=args.seed, distribution=args.direction_distribution
+            )
+        self.coefficient = SteeringCoefficient(args.method, values, args.scope, args.statistic)
+        self._measured: dict[str, list[Tensor]] = defaultdict(list)
+        self._seconds = 0.0
+        super().__init__(
+            model=self.window,
+            args=args,
+            train_dataset=schedule,
+            data_collator=UnlearningCollator(
+                processing_class,
+                forget_lengths=lengths,
+                retain_length=args.retain_max_length,
+                exclude_padding=args.exclude_padding,
+                exclude_sink=args.exclude_sink,
+                padding_side=args.padding_side,
+            ),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.directions = self.directions.to(self.args.device)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; the time it takes goes into the run's record."""
+        started = time.perf_counter()
+        output = super().train(*args, **kwargs)
+        self._seconds += time.perf_counter() - started
+        return output
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Forget loss plus alpha times retain loss of one batch (method of :class:`RMUConfig`)."""
+        topic, forget, retain = inputs["topic"], inputs["forget"], inputs["retain"]
+        frozen_forget = self.window.frozen(forget["input_ids"], forget["attention_mask"])
+        frozen_retain = self.window.frozen(retain["input_ids"], retain["attention_mask"])
+        forget_hidden, retain_hidden = model(frozen_forget, frozen_retain)
+        output = rmu_loss(
+            forget_hidden,
+            retain_hidden,
+            frozen_retain.hidden,
+            self.directions[topic],
+            **self.coefficient.loss_arguments(
+                topic, frozen_forget.hidden, forget_hidden, forget["loss_mask"]
+            ),
+            alpha=self.alphas[topic],
+            forget_mask=forget["loss_mask"],
+            retain_mask=retain["loss_mask"],
+            metrics=True,
+        )
+        measured = {"forget_loss": output.forget_loss, "retain_loss": output.retain_loss, **output.metrics}
+        for name, value in measured.items():
+            self._measured[name].append(value)
+            if len(self.alphas) > 1:
+                self._measured[f"{name}_{topic}"].append(value)
+        return (
+            (output.loss, {"forget": forget_hidden, "retain": retain_hidden})
+            if return_outputs
+            else output.loss
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the losses, norms and cosines, averaged since the last log; with several topics also each topic's own."""
+        if "loss" in logs:
+            for name, values in self._measured.items():
+                logs[name] = torch.stack(values).mean().item()
+            self._measured.clear()
+            if not all(math.isfinite(logs[name]) for name in ("forget_loss", "retain_loss")):
+                raise ValueError(
+                    f"loss: not finite by step {self.state.global_step} (forget {logs['forget_loss']}, retain "
+                    f"{logs['retain_loss']}); nothing was saved. A lower learning_rate or float32 may help"
+                )
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the original checkpoint with exactly the trained tensors changed, and the run's record.
+
+        Raises:
+            ValueError: the model was given in memory without a folder it was loaded from.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        if _internal_call:
+            self._save_trained(folder)
+            return
+        if self.stored is None or self.base_folder is None:
+            raise ValueError(
+                "model: it was given in memory, without a folder whose other tensors could be kept"
+            )
+        save_unlearned(
+            self.base_folder,
+            folder,
+            self.window.trained_tensors(),
+            self.stored,
+            {
+                RUN_FILE: json.dumps(self.run_record(), indent=2).encode(),
+                DIRECTIONS_FILE: directions_to_bytes(self.directions),
+            },
+        )
+
+    def run_record(self) -> dict[str, Any]:
+        """What is needed to audit and repeat the run."""
+        steps = [entry for entry in self.state.log_history if "loss" in entry]
+        revision = (
+            self.base_folder.name
+            if self.base_folder and self.base_folder.parent.name == "snapshots"
+            else None
+        )
+        return {
+            "base": self.base_name,
+            "base_revision": revision,
+            "settings": self.args.method_settings(),
+            "trained_tensors": self.window.trained_names,
+            "topics": len(self.alphas),
+            "passes_over_forget_corpora": self.train_dataset.passes(),
+            "first_batch_coefficients": self.coefficient.state(),
+            "steps": self.state.global_step,
+            "train_seconds": self._seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.args.device),
+            "device": device_name(self.args.device),
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "safetensors": safetensors.__version__,
+            },
+            "history": steps,
+        }
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:
+        # The schedule is the order.
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def _save_trained(self, folder: Path) -> None:
+        """A checkpoint during training: the trained tensors and the state that is not Trainer's; it loads as no model."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.window.trained_tensors()},
+            folder / TRAINED_FILE,
+        )
+        (folder / STATE_FILE).write_text(json.dumps({"first_batch_coefficients": self.coefficient.state()}))
+        (folder / DIRECTIONS_FILE).write_bytes(directions_to_bytes(self.directions))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not (folder / TRAINED_FILE).is_file():
+            raise ValueError(f"resume_from_checkpoint: {folder} has no {TRAINED_FILE}")
+        self.window.load_trained_tensors(load_file(folder / TRAINED_FILE))
+        state = json.loads((folder / STATE_FILE).read_text())
+        self.coefficient.load_state(state["first_batch_coefficients"], self.args.device)
+        topics = len(self.alphas)
+        self.directions = read_directions(folder / DIRECTIONS_FILE, topics, self.window.hidden_size)
+        self.directions = self.directions.to(self.args.device)
+
+
+def _window_of(model: PreTrainedModel, args: RMUConfig) -> LayerWindow:
+    return LayerWindow(
+        model,
+        args.layer,
+        trained_layers=args.trained_layers,
+        trained_parameters=args.trained_parameters,
+        parameter_dtype=None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype),
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: allocated on a CUDA device, resident in this process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name(device: torch.device) -> str:
+    """A device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()})"

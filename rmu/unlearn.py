@@ -1,0 +1,77 @@
+"""What ``rmu unlearn`` does: read, check everything that can be checked, train, save."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from transformers import set_seed
+
+from rmu.checkpoint import (
+    as_safetensors,
+    check_disk_space,
+    check_output_folder,
+    has_only_pickles,
+    local_folder,
+    weight_files,
+)
+from rmu.config import RMUConfig, UnlearningArguments
+from rmu.data import load_corpus
+from rmu.trainer import RMUTrainer
+
+
+def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
+    """Unlearn and save; returns the folder of the result.
+
+    Raises:
+        ValueError: bad input, named; nothing has been written then.
+    """
+    if not config.output_dir:
+        raise ValueError("output_dir: not given, expected a new or an empty folder")
+    output = Path(config.output_dir)
+    check_output_folder(output, ("checkpoint-", "runs") if config.resume_from_checkpoint else ())
+    folder = local_folder(arguments.model)
+    if not (arguments.allow_pickle and has_only_pickles(folder)):
+        weight_files(folder)
+
+    def corpora(name: str) -> list:
+        return [
+            load_corpus(
+                source, field=arguments.text_field, min_length=arguments.min_length, argument=f"{name}[{i}]"
+            )
+            for i, source in enumerate(getattr(arguments, name))
+        ]
+
+    forget, retain = corpora("forget"), corpora("retain")
+    with contextlib.ExitStack() as stack:
+        base = str(folder)
+        if arguments.allow_pickle and has_only_pickles(folder):
+            base = str(stack.enter_context(as_safetensors(folder, output)))
+        set_seed(config.seed)
+        trainer = RMUTrainer(
+            base, config, forget=forget, retain=retain, trust_remote_code=arguments.trust_remote_code
+        )
+        trainer.base_name = arguments.model
+        assert trainer.stored is not None
+        check_disk_space(Path(base), output, (entry.file for entry in trainer.stored.values()))
+        print(describe(trainer))
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        trainer.save_model()
+    return output
+
+
+def describe(trainer: RMUTrainer) -> str:
+    """The run in a few lines, printed before it starts."""
+    args, window, schedule = trainer.args, trainer.window, trainer.train_dataset
+    target = f"c = {args.coefficient}" if args.method == "rmu" else f"beta = {args.scale}, scope {args.scope}"
+    passes = ", ".join(f"{p:.2f}" for p in schedule.passes())
+    shapes = {name: list(tensor.shape) for name, tensor in window.trained_tensors()}
+    lines = [
+        f"{args.method} at layer {args.layer}: {target}, alpha = {args.alpha}, {schedule.steps} steps of "
+        f"{schedule.rows} + {schedule.rows} rows, learning rate {args.learning_rate:g} ({args.device})",
+        f"topics: {len(schedule.forget)}; passes over each forget corpus: {passes}"
+        + ("  (a corpus that ends is read again)" if max(schedule.passes()) > 1 else ""),
+        f"trained tensors: {len(shapes)}, in {window.trained[0].dtype}",
+        *(f"  {name} {shape}" for name, shape in shapes.items()),
+    ]
+    return "\n".join(lines)

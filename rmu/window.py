@@ -1,0 +1,298 @@
+"""The layer window: run the frozen prefix once, rerun only the trained layers.
+
+A decoder layer's output depends on nothing above it, so a step needs layers ``0..l`` only. The frozen pass records the arguments each
+layer ``k..l`` was called with; calling those layers again with the recorded arguments reproduces the model's own hidden states bit for bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+# The matrix that writes the MLP's output into the residual stream, by the names decoder models give it.
+MLP_OUTPUT_PARAMETERS = r"\.(down_proj|c_proj|c_fc2|dense_4h_to_h|fc2)\.weight$"
+_ATTENTION = re.compile(r"\.(attn|attention|self_attn|self_attention)\.")
+
+
+class _ReachedLayer(Exception):
+    """Raised by the hook on layer l to leave the forward pass there."""
+
+
+@dataclass
+class FrozenPass:
+    """What one frozen pass leaves behind.
+
+    Attributes:
+        hidden: ``[B, T, D]`` output of layer ``l`` with the original weights, detached.
+        entry: ``[B, T, D]`` input of layer ``k``, the lowest trained layer, detached.
+        arguments: one ``(args, kwargs)`` for each layer ``k..l``, without the hidden state.
+    """
+
+    hidden: Tensor
+    entry: Tensor
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def decoder_layers(model: nn.Module, number: int) -> nn.ModuleList:
+    """The ``ModuleList`` of ``number`` decoder layers of a transformer (``model.layers``, ``transformer.h``, ...)."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return module
+    raise ValueError(f"model: {type(model).__name__} has no list of {number} decoder layers")
+
+
+def check_layer(layer: int, number: int) -> None:
+    """Raise ``ValueError`` unless ``layer`` is one of ``number`` decoder layers, counted from 0."""
+    if not 0 <= layer < number:
+        raise ValueError(
+            f"layer: got {layer}, expected 0 to {number - 1} (the model has {number} decoder layers)"
+        )
+
+
+def select_parameters(
+    names: Sequence[str], pattern: str | None, by_layer: dict[int, str], trained_layers: Sequence[int]
+) -> list[str]:
+    """Names of the tensors to train: in one of ``trained_layers`` and matching ``pattern`` (``re.search``).
+
+    Without a pattern: the MLP's output projection, whatever the architecture calls it.
+
+    Raises:
+        ValueError: a layer outside the window, an invalid pattern, or nothing selected; the last lists what there is.
+    """
+    for index in trained_layers:
+        if index not in by_layer:
+            raise ValueError(
+                f"trained_layers: got {index}, expected layers from 0 to the hooked layer {max(by_layer)}"
+            )
+    if not trained_layers:
+        raise ValueError("trained_layers: got an empty list, expected at least one layer")
+    inside = [n for n in names if any(n.startswith(by_layer[i]) for i in trained_layers)]
+    try:
+        wanted = re.compile(MLP_OUTPUT_PARAMETERS if pattern is None else pattern)
+    except re.error as error:
+        raise ValueError(f"trained_parameters: {pattern!r} is not a regular expression: {error}") from error
+    selected = [n for n in inside if wanted.search(n) and (pattern is not None or not _ATTENTION.search(n))]
+    if not selected:
+        prefix = by_layer[trained_layers[0]]
+        found = ", ".join(n.removeprefix(prefix) for n in inside if n.startswith(prefix))
+        raise ValueError(
+            f"trained_parameters: {wanted.pattern!r} matches nothing in layers {list(trained_layers)}; "
+            f"a layer ({prefix}) has: {found}"
+        )
+    return selected
+
+
+class LayerWindow(nn.Module):
+    """Layers ``0..l`` of a causal language model, of which some tensors of layers ``k..l`` train.
+
+    The wrapped model keeps its original weights and never changes; the trained tensors are parameters of the window, put in
+    their place when the layers are rerun. So one set of untouched layers serves both the frozen and the trained model.
+
+    Args:
+        model: a causal language model or its base model, whole or loaded with fewer layers (at least ``layer + 1``).
+        layer: the hooked layer ``l``, counted from 0; its output is the hidden state of the losses.
+        trained_layers: layers whose tensors train, all <= ``layer``; default ``l-2, l-1, l``.
+        trained_parameters: regular expression searched in the tensors' names; default: the MLP's output projection.
+        parameter_dtype: dtype of the trained tensors, cast to the model's dtype when the layers run; default: the model's.
+
+    Raises:
+        ValueError: layer out of range, or no tensor selected (the message lists what exists).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layer: int,
+        *,
+        trained_layers: Sequence[int] | None = None,
+        trained_parameters: str | None = None,
+        parameter_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.base_model.requires_grad_(False).eval()
+        self.config = model.config
+        self.layer = layer
+        number = model.config.get_text_config().num_hidden_layers
+        check_layer(layer, number)
+        if trained_layers is None:
+            trained_layers = range(max(0, layer - 2), layer + 1)
+        trained_layers = sorted(set(trained_layers))
+
+        layers = decoder_layers(self.model, number)
+        # Names are those of the whole causal model, which its checkpoint has too.
+        prefix = model.base_model_prefix + "."
+        path = next(name for name, module in self.model.named_modules() if module is layers)
+        by_layer = {i: f"{prefix}{path}.{i}." for i in range(layer + 1)}
+        tensors = {prefix + name: tensor for name, tensor in self.model.named_parameters()}
+        self.trained_names = select_parameters(list(tensors), trained_parameters, by_layer, trained_layers)
+        self.first_layer = min(
+            i for i in trained_layers if any(n.startswith(by_layer[i]) for n in self.trained_names)
+        )
+        # Unregistered references: the layers are already submodules of self.model.
+        self._window = list(layers)[self.first_layer : layer + 1]
+        self._local_names = [
+            {
+                n.removeprefix(by_layer[i]): j
+                for j, n in enumerate(self.trained_names)
+                if n.startswith(by_layer[i])
+            }
+            for i in range(self.first_layer, layer + 1)
+        ]
+        self.trained = nn.ParameterList(
+            nn.Parameter(tensors[n].detach().to(parameter_dtype or tensors[n].dtype, copy=True))
+            for n in self.trained_names
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        layer: int,
+        *,
+        dtype: torch.dtype | str = "auto",
+        trained_layers: Sequence[int] | None = None,
+        trained_parameters: str | None = None,
+        parameter_dtype: torch.dtype | None = None,
+        **load_arguments: Any,
+    ) -> LayerWindow:
+        """Read only layers ``0..l`` of a model folder or hub id: no layer above them, no language-model head."""
+        config = AutoConfig.from_pretrained(
+            model, trust_remote_code=load_arguments.get("trust_remote_code", False)
+        )
+        text_config = config.get_text_config()
+        check_layer(layer, text_config.num_hidden_layers)
+        truncate_config(text_config, layer + 1)
+        with _quiet_loading():
+            base = AutoModel.from_pretrained(model, config=config, dtype=dtype, **load_arguments)
+        return cls(
+            base,
+            layer,
+            trained_layers=trained_layers,
+            trained_parameters=trained_parameters,
+            parameter_dtype=parameter_dtype,
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """``D``, the size of a hidden state."""
+        return self.config.get_text_config().hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trained tensors are."""
+        return self.trained[0].device
+
+    def train(self, mode: bool = True) -> LayerWindow:
+        """The wrapped model stays in evaluation mode: its frozen states are a target and must not carry dropout."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    @torch.no_grad()
+    def frozen(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> FrozenPass:
+        """One pass through layers ``0..l`` with the original weights.
+
+        Args:
+            input_ids: ``[B, T]`` int64.
+            attention_mask: ``[B, T]``, nonzero where there is a token; passed to the model as it is.
+        """
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        states: dict[str, Tensor] = {}
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if args:
+                hidden, args = args[0], args[1:]
+            else:
+                kwargs = dict(kwargs)
+                hidden = kwargs.pop("hidden_states")
+            if not calls:
+                states["entry"] = hidden.detach()
+            calls.append((args, kwargs))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            states["hidden"] = _hidden_state(output).detach()
+            raise _ReachedLayer
+
+        handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self._window]
+        handles.append(self._window[-1].register_forward_hook(leave))
+        try:
+            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        except _ReachedLayer:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return FrozenPass(hidden=states["hidden"], entry=states["entry"], arguments=calls)
+
+    def forward(self, *passes: FrozenPass) -> tuple[Tensor, ...]:
+        """Rerun layers ``k..l`` with the trained tensors from each recorded entry: one ``[B, T, D]`` for each pass."""
+        return tuple(self._rerun(recorded) for recorded in passes)
+
+    def _rerun(self, recorded: FrozenPass) -> Tensor:
+        hidden = recorded.entry
+        for layer, local_names, (args, kwargs) in zip(
+            self._window, self._local_names, recorded.arguments, strict=True
+        ):
+            dtypes = dict(layer.named_parameters()) if local_names else {}
+            tensors = {name: self.trained[j].to(dtypes[name].dtype) for name, j in local_names.items()}
+            hidden = _hidden_state(functional_call(layer, tensors, (hidden, *args), kwargs))
+        return hidden
+
+    def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """``(name, tensor)`` of every trained tensor, detached, by its name in the whole causal model."""
+        for name, parameter in zip(self.trained_names, self.trained, strict=True):
+            yield name, parameter.detach()
+
+    @torch.no_grad()
+    def load_trained_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Copy saved values into the trained tensors.
+
+        Raises:
+            ValueError: the names or shapes are not those of this window.
+        """
+        if sorted(tensors) != sorted(self.trained_names):
+            raise ValueError(f"tensors: got {sorted(tensors)}, expected {sorted(self.trained_names)}")
+        for name, parameter in zip(self.trained_names, self.trained, strict=True):
+            if tensors[name].shape != parameter.shape:
+                raise ValueError(
+                    f"tensors[{name!r}]: got shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+                )
+            parameter.copy_(tensors[name])
+
+
+def truncate_config(config: Any, number: int) -> None:
+    """Make ``config`` that of a model with ``number`` layers; lists with one entry a layer (``layer_types``) are cut too."""
+    full = config.num_hidden_layers
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == full:
+            setattr(config, name, value[:number])
+    config.num_hidden_layers = number
+
+
+def _hidden_state(output: Any) -> Tensor:
+    """A layer returns its hidden state alone, or (falcon, bloom) first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """The layers above the window are left out on purpose: no warning about them."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
