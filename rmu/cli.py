@@ -116,10 +116,12 @@ def parse_unlearn(argv: Sequence[str]) -> tuple[Any, Any]:
                 value = settings[action.dest]
                 # argparse converts a default only when it is a string: "1e-3" is one in YAML.
                 action.default = [value] if action.nargs == "+" and not isinstance(value, list) else value
-    try:
-        return parser.parse_args_into_dataclasses(rest)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
+    # The third is the namespace of --config, read above.
+    arguments, settings, _, unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise ValueError(f"unknown argument {unknown[0]}{_nearest(unknown[0], flags)}")
+    return arguments, settings
 
 
 def _unlearn(argv: list[str]) -> None:

@@ -16,7 +16,8 @@ STATISTICS = ("mean", "median")
 class SteeringCoefficient:
     """The length of the target of each topic's hidden states.
 
-    ``rmu`` (Li et al. 2024, arXiv 2403.03218): the constant c. ``adaptive`` (Dang et al. 2024, arXiv 2408.06223): beta ||h||, where ||h|| is
+    ``rmu`` (Li et al. 2024, arXiv 2403.03218): the constant c.
+    ``adaptive`` (Dang et al. 2024, arXiv 2408.06223): beta ||h||, where ||h|| is
 
     * scope ``token``: each token's norm in the frozen model, the paper's formula read literally;
     * scope ``batch``: the mean (or median) of those norms over the counted tokens of each batch;

@@ -80,8 +80,9 @@ def _first_line(error: BaseException) -> str:
 class UnlearningSchedule(torch.utils.data.Dataset):
     """Which rows each step reads: item ``j`` is row ``j mod rows`` of step ``j div rows``.
 
-    Topics alternate: step ``i`` uses topic ``i mod K``. Retain corpora alternate too, and with fewer of them than topics consecutive
-    steps read the same retain batch, as the released loop does. A corpus that ends is read again, in a new order when shuffled.
+    Topics alternate: step ``i`` uses topic ``i mod K``. Retain corpora alternate too, and with fewer of them than topics
+    consecutive steps read the same retain batch, as the released loop does. A corpus that ends is read again, in a new
+    order when shuffled.
 
     Args:
         forget, retain: one sequence of texts (or ``Dataset`` with a column ``text``) a topic and a retain corpus.
@@ -150,8 +151,8 @@ class UnlearningSchedule(torch.utils.data.Dataset):
 class UnlearningCollator:
     """Tokenises and pads one micro-batch: ``{"topic": int, "forget": {...}, "retain": {...}}``.
 
-    Each side has ``input_ids``, ``attention_mask`` and ``loss_mask``, all ``[B, T]`` int64; the last is 1 for tokens that count in the
-    losses.
+    Each side has ``input_ids``, ``attention_mask`` and ``loss_mask``, all ``[B, T]`` int64; the last is 1 for tokens that
+    count in the losses.
 
     Args:
         tokenizer: a tokenizer; without a pad token it pads with its eos token.

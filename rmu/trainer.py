@@ -140,6 +140,8 @@ class RMUTrainer(Trainer):
             optimizers=optimizers,
         )
         self.directions = self.directions.to(self.args.device)
+        if self.args.device.type == "cpu":
+            self.args.dataloader_pin_memory = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; the time it takes goes into the run's record."""
@@ -174,10 +176,10 @@ class RMUTrainer(Trainer):
             metrics=True,
         )
         measured = {"forget_loss": output.forget_loss, "retain_loss": output.retain_loss, **output.metrics}
+        if len(self.alphas) > 1:
+            measured |= {f"{name}_{topic}": measured[name] for name in ("forget_loss", "retain_loss")}
         for name, value in measured.items():
             self._measured[name].append(value)
-            if len(self.alphas) > 1:
-                self._measured[f"{name}_{topic}"].append(value)
         return (
             (output.loss, {"forget": forget_hidden, "retain": retain_hidden})
             if return_outputs
@@ -185,7 +187,7 @@ class RMUTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the losses, norms and cosines, averaged since the last log; with several topics also each topic's own."""
+        """Adds the losses, norms and cosines, averaged since the last log; with several topics each topic's losses too."""
         if "loss" in logs:
             for name, values in self._measured.items():
                 logs[name] = torch.stack(values).mean().item()

@@ -1,7 +1,8 @@
 """The layer window: run the frozen prefix once, rerun only the trained layers.
 
-A decoder layer's output depends on nothing above it, so a step needs layers ``0..l`` only. The frozen pass records the arguments each
-layer ``k..l`` was called with; calling those layers again with the recorded arguments reproduces the model's own hidden states bit for bit.
+A decoder layer's output depends on nothing above it, so a step needs layers ``0..l`` only. The frozen pass records the
+arguments each layer ``k..l`` was called with; calling those layers again with the recorded arguments reproduces the model's
+own hidden states bit for bit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 # The matrix that writes the MLP's output into the residual stream, by the names decoder models give it.
-MLP_OUTPUT_PARAMETERS = r"\.(down_proj|c_proj|c_fc2|dense_4h_to_h|fc2)\.weight$"
+MLP_OUTPUT_PARAMETERS = r"\.(down_proj|c_proj|dense_4h_to_h|fc2)(\.weight)?$"
 _ATTENTION = re.compile(r"\.(attn|attention|self_attn|self_attention)\.")
 
 

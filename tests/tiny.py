@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+import json
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 VOCABULARY = 96
 SMALL = dict(
@@ -43,3 +54,37 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **changes) -> PreTrai
         architecture, **{**ARCHITECTURES[architecture], "initializer_range": 0.1, **changes}
     )
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of ``VOCABULARY`` tokens (``w0``, ``w1``, ...) that puts a BOS token first."""
+    special = {"<s>": 0, "</s>": 1, "<unk>": 2}
+    words = {f"w{i}": i + len(special) for i in range(VOCABULARY - len(special))}
+    tokenizer = Tokenizer(models.WordLevel({**special, **words}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def tiny_folder(folder: Path, architecture: str = "llama", shards: bool = True, **changes) -> Path:
+    """A saved tiny model with its tokenizer; with ``shards``, a few safetensors files."""
+    model = tiny_model(architecture, **changes)
+    model.save_pretrained(folder, max_shard_size="30KB" if shards else "1GB")
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def random_texts(seed: int, number: int = 20, words: tuple[int, int] = (5, 20)) -> list[str]:
+    """Texts of random words of the tiny tokenizer."""
+    source = random.Random(seed)
+    return [
+        " ".join(f"w{source.randrange(90)}" for _ in range(source.randint(*words))) for _ in range(number)
+    ]
+
+
+def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
+    """A corpus file."""
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+    return path

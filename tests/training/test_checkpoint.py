@@ -1,0 +1,159 @@
+"""The saved folder is the original with exactly the trained tensors changed."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from rmu import checkpoint
+from rmu.checkpoint import resolve_names, save_unlearned, stored_tensors, weight_files
+from tests.tiny import tiny_folder, tiny_model
+
+NAMES = [f"model.layers.{i}.mlp.down_proj.weight" for i in (1, 2)]
+
+
+@pytest.fixture(params=[True, False], ids=["shards", "single file"])
+def base(request, tmp_path):
+    return tiny_folder(tmp_path / "base", shards=request.param)
+
+
+def changed(dtype=torch.float32):
+    return {name: torch.full((32, 48), 0.125 * (i + 1), dtype=dtype) for i, name in enumerate(NAMES)}
+
+
+def save(base, output, tensors=None, extra=None, prefix="model."):
+    tensors = tensors or changed()
+    entries = resolve_names(base, {name: tuple(t.shape) for name, t in tensors.items()}, prefix)
+    save_unlearned(base, output, tensors.items(), entries, extra or {})
+
+
+def all_tensors(folder):
+    return {k: v for name in weight_files(folder) for k, v in load_file(folder / name).items()}
+
+
+def test_exactly_the_trained_tensors_change(base, tmp_path):
+    before = {p.name: p.read_bytes() for p in base.iterdir()}
+    save(base, tmp_path / "out", extra={"rmu_run.json": b"{}"})
+    old, new = all_tensors(base), all_tensors(tmp_path / "out")
+    assert old.keys() == new.keys()
+    assert {name for name in old if not torch.equal(old[name], new[name])} == set(NAMES)
+    assert all(torch.equal(new[name], value) for name, value in changed().items())
+    assert {p.name: p.read_bytes() for p in base.iterdir()} == before, "the original must not change"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == before[name]
+    assert (tmp_path / "out" / "rmu_run.json").read_bytes() == b"{}"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.model.layers[2].mlp.down_proj.weight, changed()[NAMES[1]])
+
+
+def test_touched_shards_are_copies_and_the_others_links(tmp_path):
+    base = tiny_folder(tmp_path / "base")
+    save(base, tmp_path / "out")
+    touched = {stored_tensors(base)[name].file for name in NAMES}
+    assert touched < set(weight_files(base))
+    for name in weight_files(base):
+        assert os.path.samefile(base / name, tmp_path / "out" / name) == (name not in touched)
+
+
+def test_stored_in_the_original_dtype(tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    value = torch.full((32, 48), 1 / 3)
+    save(tmp_path / "base", tmp_path / "out", {NAMES[0]: value})
+    assert torch.equal(all_tensors(tmp_path / "out")[NAMES[0]], value.bfloat16())
+
+
+def test_other_forms_of_the_weights_are_left_out(base, tmp_path):
+    for name in (
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "model.gguf",
+        "pytorch_model.bin.index.json",
+    ):
+        (base / name).write_bytes(b"the knowledge")
+    save(base, tmp_path / "out")
+    assert not [p.name for p in (tmp_path / "out").iterdir() if p.read_bytes() == b"the knowledge"]
+
+
+def test_a_checkpoint_of_the_bare_base_model_has_no_prefix(tmp_path):
+    tiny_model("gpt2").transformer.save_pretrained(tmp_path / "base")
+    name = "transformer.h.1.mlp.c_proj.weight"
+    save(tmp_path / "base", tmp_path / "out", {name: torch.ones(128, 32)}, prefix="transformer.")
+    assert torch.equal(all_tensors(tmp_path / "out")["h.1.mlp.c_proj.weight"], torch.ones(128, 32))
+
+
+def test_tensors_that_loading_merged_are_refused_before_training(tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="cannot be written back"):
+        resolve_names(tmp_path / "base", {"model.layers.0.mlp.experts.down_proj": (4, 32, 48)}, "model.")
+
+
+def test_a_failure_leaves_nothing_behind(base, tmp_path):
+    entries = resolve_names(base, {NAMES[0]: (32, 48)}, "model.")
+    with pytest.raises(ValueError, match="tensor: got"):
+        save_unlearned(base, tmp_path / "out", [(NAMES[0], torch.zeros(3))], entries, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+
+
+def test_config_comes_last_into_a_folder_in_use(base, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    save(base, output)
+    moved = []
+    replace = os.replace
+    monkeypatch.setattr(checkpoint.os, "replace", lambda a, b: (moved.append(b.name), replace(a, b)))
+    save(base, output, {NAMES[0]: torch.zeros(32, 48)})
+    assert moved[-1] == "config.json"
+    assert torch.equal(all_tensors(output)[NAMES[0]], torch.zeros(32, 48))
+
+
+def test_pickles_only_are_refused(base):
+    for name in weight_files(base):
+        (base / name).unlink()
+    (base / "model.safetensors.index.json").unlink(missing_ok=True)
+    (base / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="pickle weights only"):
+        weight_files(base)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "../elsewhere.safetensors"}, "a file of the same folder"),
+        ({"a": "b.safetensors"}, "lacks the shard"),
+    ],
+)
+def test_bad_shard_index(tmp_path, weight_map, message):
+    base = tiny_folder(tmp_path / "base")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=message):
+        weight_files(base)
+
+
+def test_a_truncated_shard_is_an_error(tmp_path):
+    base = tiny_folder(tmp_path / "base", shards=False)
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="not a valid safetensors file"):
+        stored_tensors(base)
+
+
+def test_output_folder_must_be_empty(tmp_path):
+    (tmp_path / "out").mkdir()
+    checkpoint.check_output_folder(tmp_path / "out")
+    (tmp_path / "out" / "x").touch()
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        checkpoint.check_output_folder(tmp_path / "out")
+    with pytest.raises(ValueError, match="is a file"):
+        checkpoint.check_output_folder(tmp_path / "out" / "x")
+
+
+def test_disk_space_is_checked(base, tmp_path, monkeypatch):
+    touched = [stored_tensors(base)[name].file for name in NAMES]
+    checkpoint.check_disk_space(base, tmp_path / "out", touched)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ValueError, match="GB needed"):
+        checkpoint.check_disk_space(base, tmp_path / "out", touched)

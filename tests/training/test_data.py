@@ -1,0 +1,134 @@
+"""Corpora, schedule and batches."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer, load_corpus
+from tests.tiny import VOCABULARY, word_tokenizer, write_jsonl
+
+
+def test_reads_every_local_form(tmp_path):
+    texts = ["w1 w2", "w3"]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    (tmp_path / "a.json").write_text(json.dumps([{"text": t} for t in texts]))
+    (tmp_path / "a.txt").write_text("w1 w2\n\nw3\n")
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "a.parquet")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as stream:
+        stream.write((tmp_path / "a.jsonl").read_text())
+    for name in ("a.jsonl", "a.json", "a.txt", "a.parquet", "b.jsonl.gz"):
+        assert load_corpus(str(tmp_path / name))[:]["text"] == texts, name
+
+
+def test_field_and_minimum_length(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["w1", "w1 w2 w3", "   "], field="body")
+    assert load_corpus(str(path), field="body")[:]["text"] == ["w1", "w1 w2 w3"]
+    assert load_corpus(str(path), field="body", min_length=5)[:]["text"] == ["w1 w2 w3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", "is empty"),
+        ("a.jsonl", '{"text": " "}\n', "is empty"),
+        ("a.jsonl", '{"body": "x"}\n', "no field 'text'; its fields are body"),
+        ("a.jsonl", '{"text": 3}\n', "holds int"),
+        ("a.jsonl", '{"text": "x"}\n{"text', "cannot be read"),
+        ("a.csv", "x\n", "none of .json"),
+    ],
+)
+def test_bad_files_name_the_argument(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_corpus(str(tmp_path / name), argument="forget[0]")
+    assert str(caught.value).startswith("forget[0]: ")
+
+
+def test_missing_file():
+    with pytest.raises(ValueError, match="retain.0.: no such file"):
+        load_corpus("nowhere/at/all.jsonl", argument="retain[0]")
+
+
+def test_topics_alternate_and_share_the_retain_batch():
+    schedule = UnlearningSchedule(
+        [["a0", "a1", "a2", "a3"], ["b0", "b1", "b2", "b3"]],
+        [["r0", "r1", "r2", "r3"]],
+        steps=4,
+        rows=2,
+        shuffle=False,
+    )
+    items = [schedule[j] for j in range(len(schedule))]
+    assert [i["topic"] for i in items] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert [i["forget"] for i in items] == ["a0", "a1", "b0", "b1", "a2", "a3", "b2", "b3"]
+    assert [i["retain"] for i in items] == ["r0", "r1", "r0", "r1", "r2", "r3", "r2", "r3"]
+
+
+def test_retain_corpora_alternate():
+    schedule = UnlearningSchedule([["a"]], [["r0", "r1"], ["s0", "s1"]], steps=4, rows=1, shuffle=False)
+    assert [schedule[j]["retain"] for j in range(4)] == ["r0", "s0", "r1", "s1"]
+
+
+def test_a_short_corpus_repeats_in_a_new_order():
+    corpus = [str(i) for i in range(50)]
+    schedule = UnlearningSchedule([corpus], [["r"]], steps=100, rows=1, seed=3)
+    first, second = ([schedule[j]["forget"] for j in range(a, a + 50)] for a in (0, 50))
+    assert sorted(first) == sorted(second) == sorted(corpus)
+    assert first != second and first != corpus
+    again = UnlearningSchedule([corpus], [["r"]], steps=100, rows=1, seed=3)
+    assert [again[j]["forget"] for j in (60, 10)] == [second[10], first[10]], (
+        "order must not depend on access"
+    )
+    assert schedule.passes() == [2.0]
+
+
+def test_empty_corpora():
+    with pytest.raises(ValueError, match=r"forget\[1\]: the corpus is empty"):
+        UnlearningSchedule([["a"], []], [["r"]], steps=1, rows=1)
+    with pytest.raises(ValueError, match="retain: got no corpus"):
+        UnlearningSchedule([["a"]], [], steps=1, rows=1)
+
+
+def batch(**settings):
+    collator = UnlearningCollator(word_tokenizer(), forget_lengths=[4], retain_length=9, **settings)
+    items = [
+        {"topic": 0, "forget": "w0 w1 w2 w3 w4", "retain": "w0"},
+        {"topic": 0, "forget": "w0", "retain": "w0 w1"},
+    ]
+    return collator(items)
+
+
+def test_pads_truncates_and_leaves_out_sink_and_pad_rows():
+    forget = batch()["forget"]
+    assert forget["input_ids"].tolist() == [[0, 3, 4, 5], [0, 3, 1, 1]]
+    assert forget["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert forget["loss_mask"].tolist() == [[0, 1, 1, 1], [0, 1, 0, 0]]
+
+
+def test_reference_settings_count_every_row():
+    side = batch(exclude_padding=False, exclude_sink=False, padding_side="left")["forget"]
+    assert side["input_ids"].tolist() == [[0, 3, 4, 5], [1, 1, 0, 3]]
+    assert side["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert torch.all(side["loss_mask"] == 1)
+
+
+def test_left_padding_leaves_out_the_first_token_not_the_first_column():
+    assert batch(padding_side="left")["forget"]["loss_mask"].tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
+
+
+def test_first_token_is_left_out_without_a_bos_token():
+    tokenizer = word_tokenizer()
+    tokenizer._tokenizer.post_processor = None
+    collator = UnlearningCollator(tokenizer, forget_lengths=[9], retain_length=9)
+    side = collator([{"topic": 0, "forget": "w0 w1", "retain": "w0"}])["forget"]
+    assert side["input_ids"].tolist() == [[3, 4]] and side["loss_mask"].tolist() == [[0, 1]]
+
+
+def test_stub_tokenizers_are_refused():
+    check_tokenizer(word_tokenizer(), VOCABULARY)
+    check_tokenizer(word_tokenizer(), VOCABULARY + 30)
+    for vocabulary in (VOCABULARY - 1, 10 * VOCABULARY):
+        with pytest.raises(ValueError, match="not this model's tokenizer"):
+            check_tokenizer(word_tokenizer(), vocabulary)

@@ -1,0 +1,177 @@
+"""The window is exact: hidden states bit for bit, losses and gradients as a plain two-model loop gives them."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rmu.window import LayerWindow, decoder_layers
+from rmu_kernels import rmu_loss
+from tests.tiny import ARCHITECTURES, tiny_model
+
+LAYER = {"gemma3_text": 5, "gpt_neo": 3}
+
+
+def batch(seed: int = 0, rows: int = 3, width: int = 17):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 96, (rows, width), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, 12:] = 0
+    mask[1, :4] = 0
+    return ids, mask
+
+
+def hidden_state(model, layer, ids, mask):
+    """Layer ``layer``'s output in a pass of the whole model, by a plain hook."""
+    caught = []
+    layers = decoder_layers(model.base_model, model.config.num_hidden_layers)
+
+    def keep(module, args, output):
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = layers[layer].register_forward_hook(keep)
+    model(input_ids=ids, attention_mask=mask, use_cache=False)
+    handle.remove()
+    return caught[0]
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def saved(request, tmp_path):
+    model = tiny_model(request.param)
+    model.save_pretrained(tmp_path)
+    return model, tmp_path, LAYER.get(request.param, 2)
+
+
+def test_hidden_states_equal_the_whole_models_bit_for_bit(saved):
+    model, folder, layer = saved
+    ids, mask = batch()
+    with torch.no_grad():
+        expected = hidden_state(model, layer, ids, mask)
+    window = LayerWindow.from_pretrained(str(folder), layer)
+    frozen = window.frozen(ids, mask)
+    (rerun,) = window(frozen)
+    assert torch.equal(frozen.hidden, expected)
+    assert torch.equal(rerun, expected)
+
+
+def test_loss_and_gradients_equal_a_two_model_loop(saved):
+    """After a first update too, so that the frozen and the trained model differ."""
+    model, folder, layer = saved
+    frozen_model, trained_model = copy.deepcopy(model), copy.deepcopy(model)
+    window = LayerWindow.from_pretrained(str(folder), layer)
+    parameters = dict(trained_model.named_parameters())
+    with torch.no_grad():
+        for i, (name, tensor) in enumerate(zip(window.trained_names, window.trained, strict=True)):
+            change = 0.05 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i))
+            tensor.add_(change)
+            parameters[name].add_(change)
+    direction = torch.rand(32, generator=torch.Generator().manual_seed(7))
+    direction /= direction.norm()
+    (forget_ids, forget_mask), (retain_ids, retain_mask) = batch(1), batch(2, rows=2, width=11)
+
+    with torch.no_grad():
+        frozen_forget = hidden_state(frozen_model, layer, forget_ids, forget_mask)
+        frozen_retain = hidden_state(frozen_model, layer, retain_ids, retain_mask)
+    forget = hidden_state(trained_model, layer, forget_ids, forget_mask)
+    retain = hidden_state(trained_model, layer, retain_ids, retain_mask)
+    target = 5.0 * frozen_forget.norm(dim=-1, keepdim=True) * direction
+    expected = ((forget - target) ** 2).mean() + 1200.0 * ((retain - frozen_retain) ** 2).mean()
+    expected.backward()
+
+    forget_pass = window.frozen(forget_ids, forget_mask)
+    retain_pass = window.frozen(retain_ids, retain_mask)
+    forget_hidden, retain_hidden = window(forget_pass, retain_pass)
+    loss = rmu_loss(
+        forget_hidden,
+        retain_hidden,
+        retain_pass.hidden,
+        direction,
+        frozen_forget=forget_pass.hidden,
+        scale=5.0,
+        alpha=1200.0,
+    ).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for name, tensor in zip(window.trained_names, window.trained, strict=True):
+        torch.testing.assert_close(tensor.grad, parameters[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_only_trained_tensors_have_gradients_and_the_model_never_changes():
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    window = LayerWindow(model, 2, trained_layers=[1, 2])
+    assert [p.shape for p in window.parameters() if p.requires_grad] == [p.shape for p in window.trained]
+    optimizer = torch.optim.AdamW(window.trained, lr=0.1)
+    (hidden,) = window(window.frozen(*batch()))
+    hidden.square().mean().backward()
+    optimizer.step()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.named_parameters())
+    assert not torch.equal(window.trained[0], before[window.trained_names[0]])
+
+
+def test_a_gap_between_trained_layers_is_rerun():
+    model = tiny_model()
+    window = LayerWindow(model, 3, trained_layers=[0, 3])
+    assert window.trained_names == [
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.3.mlp.down_proj.weight",
+    ]
+    frozen = window.frozen(*batch())
+    with torch.no_grad():
+        window.trained[0].add_(0.1)
+    (hidden,) = window(frozen)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.add_(0.1)
+        expected = hidden_state(model, 3, *batch())
+    assert torch.equal(hidden, expected)
+
+
+def test_dropout_stays_off_in_training():
+    window = LayerWindow(tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5), 2)
+    window.train()
+    frozen = window.frozen(*batch())
+    assert torch.equal(window(frozen)[0], frozen.hidden)
+
+
+def test_master_weights_run_in_the_models_dtype():
+    model = tiny_model().to(torch.bfloat16)
+    window = LayerWindow(model, 2, parameter_dtype=torch.float32)
+    frozen = window.frozen(*batch())
+    (hidden,) = window(frozen)
+    assert hidden.dtype == torch.bfloat16 and torch.equal(hidden, frozen.hidden)
+    hidden.float().sum().backward()
+    assert {p.grad.dtype for p in window.trained} == {torch.float32}
+
+
+def test_reads_no_layer_above_and_no_head(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    window = LayerWindow.from_pretrained(str(tmp_path), 1)
+    names = [name for name, _ in window.model.named_parameters()]
+    assert not any(name.startswith(("layers.2", "layers.3", "lm_head")) for name in names)
+
+
+@pytest.mark.parametrize("layer", [-1, 4])
+def test_layer_out_of_range(tmp_path, layer):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layer: got -?\d, expected 0 to 3"):
+        LayerWindow.from_pretrained(str(tmp_path), layer)
+    with pytest.raises(ValueError, match=r"layer: got -?\d, expected 0 to 3"):
+        LayerWindow(AutoModelForCausalLM.from_pretrained(tmp_path), layer)
+
+
+def test_a_pattern_that_selects_nothing_lists_what_there_is():
+    with pytest.raises(ValueError, match="matches nothing.*self_attn.q_proj.weight"):
+        LayerWindow(tiny_model(), 2, trained_parameters=r"mlp\.nope")
+    with pytest.raises(ValueError, match="not a regular expression"):
+        LayerWindow(tiny_model(), 2, trained_parameters="(")
+    with pytest.raises(ValueError, match="trained_layers: got 3"):
+        LayerWindow(tiny_model(), 2, trained_layers=[3])
+
+
+def test_trained_tensors_round_trip():
+    window, other = LayerWindow(tiny_model(), 2), LayerWindow(tiny_model(seed=1), 2)
+    other.load_trained_tensors(dict(window.trained_tensors()))
+    assert all(torch.equal(a, b) for a, b in zip(window.trained, other.trained, strict=True))
+    with pytest.raises(ValueError, match="tensors: got"):
+        other.load_trained_tensors({})
