@@ -113,15 +113,32 @@ def parse_unlearn(argv: Sequence[str]) -> tuple[Any, Any]:
         for action in parser._actions:
             if action.dest in settings:
                 action.required = False
-                value = settings[action.dest]
-                # argparse converts a default only when it is a string: "1e-3" is one in YAML.
-                action.default = [value] if action.nargs == "+" and not isinstance(value, list) else value
+                action.default = _convert(action, settings[action.dest])
     # The third is the namespace of --config, read above.
     arguments, settings, _, unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         raise ValueError(f"unknown argument {unknown[0]}{_nearest(unknown[0], flags)}")
     return arguments, settings
+
+
+def _convert(action: argparse.Action, value: Any) -> Any:
+    """A YAML value as the flag would give it; argparse itself converts no default but a string."""
+    if value is None or isinstance(value, dict):
+        return value
+    if action.nargs == "+":
+        return [_convert_one(action, v) for v in (value if isinstance(value, list) else [value])]
+    return _convert_one(action, value)
+
+
+def _convert_one(action: argparse.Action, value: Any) -> Any:
+    convert = action.type or str
+    try:
+        if isinstance(value, (list, dict)):
+            raise TypeError("expected one value")
+        return convert(str(value))
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"config: {action.dest}: got {value!r}: {error}") from error
 
 
 def _unlearn(argv: list[str]) -> None:

@@ -44,6 +44,8 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
 
     forget, retain = corpora("forget"), corpora("retain")
     with contextlib.ExitStack() as stack:
+        # Trainer makes the folder at once; after an error it is empty and goes.
+        stack.callback(_remove_if_empty, output)
         base = str(folder)
         if arguments.allow_pickle and has_only_pickles(folder):
             base = str(stack.enter_context(as_safetensors(folder, output)))
@@ -58,6 +60,11 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
         trainer.save_model()
     return output
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def describe(trainer: RMUTrainer) -> str:

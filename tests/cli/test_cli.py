@@ -1,0 +1,164 @@
+"""The ``rmu`` command: one line and exit code 2 for bad input, nothing half-written, settings from YAML and flags."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rmu.cli import main, parse_unlearn, preset_names, read_settings
+from tests.tiny import random_texts, tiny_folder, write_jsonl
+
+
+@pytest.fixture
+def place(tmp_path):
+    tiny_folder(tmp_path / "base")
+    write_jsonl(tmp_path / "forget.jsonl", random_texts(1))
+    write_jsonl(tmp_path / "retain.jsonl", random_texts(2))
+    return tmp_path
+
+
+def arguments(place: Path, **changes) -> list[str]:
+    settings = dict(model="base", forget="forget.jsonl", retain="retain.jsonl", output_dir="out")
+    settings = {k: str(place / v) for k, v in settings.items()}
+    settings |= dict(layer="2", max_steps="3", use_cpu="true", disable_tqdm="true") | changes
+    return ["unlearn", *(part for k, v in settings.items() if v is not None for part in (f"--{k}", str(v)))]
+
+
+def fails(capsys, argv, *messages) -> None:
+    assert main(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("rmu: error: ")
+    for message in messages:
+        assert message in error
+    assert "Traceback" not in error
+
+
+def test_unlearn_writes_a_model_that_loads(place, capsys):
+    assert main(arguments(place)) == 0
+    assert "model.layers.2.mlp.down_proj.weight [32, 48]" in capsys.readouterr().out
+    old, new = (AutoModelForCausalLM.from_pretrained(place / name) for name in ("base", "out"))
+    weights = [m.model.layers[2].mlp.down_proj.weight for m in (old, new)]
+    assert not torch.equal(*weights)
+
+
+def test_runs_as_a_command(place):
+    run = subprocess.run(
+        [sys.executable, "-m", "rmu", *arguments(place)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert (place / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": "4"}, "layer: got 4, expected 0 to 3"),
+        ({"layer": "two"}, "argument --layer: invalid int value"),
+        ({"trained_parameters": "mlp.nope"}, "a layer (model.layers.0.) has: self_attn.q_proj.weight"),
+        ({"text_field": "body"}, "forget[0]"),
+        ({"forget": "nowhere.jsonl"}, "forget[0]: no such file"),
+        ({"model": "no/such/model"}, "model: 'no/such/model'"),
+        ({"model": None}, "required: --model"),
+        ({"scop": "token"}, "--scop (did you mean '--scope'?)"),
+        ({"config": "zefyr"}, "config: 'zefyr' is no file and no preset"),
+        ({"directions": "forget.jsonl"}, "directions: forget.jsonl is not a readable safetensors file"),
+        ({"scale": "-3"}, "scale: got -3.0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(place, capsys, changes, message):
+    fails(capsys, arguments(place, **changes), message)
+    assert sorted(p.name for p in place.iterdir()) == ["base", "forget.jsonl", "retain.jsonl"]
+
+
+def test_output_folder_in_use(place, capsys):
+    (place / "out").mkdir()
+    (place / "out" / "mine").write_text("x")
+    fails(capsys, arguments(place), "output_dir:", "exists and is not empty")
+    assert [p.name for p in (place / "out").iterdir()] == ["mine"]
+
+
+def test_pickles_only_unless_asked(place, capsys):
+    base = place / "base"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for path in [*base.glob("*.safetensors"), base / "model.safetensors.index.json"]:
+        path.unlink()
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    fails(capsys, arguments(place), "pickle weights only", "--allow_pickle true")
+    assert main(arguments(place, allow_pickle="true")) == 0
+    new = AutoModelForCausalLM.from_pretrained(place / "out", use_safetensors=True)
+    assert torch.equal(new.model.layers[3].mlp.down_proj.weight, model.model.layers[3].mlp.down_proj.weight)
+    assert sorted(p.name for p in place.iterdir()) == ["base", "forget.jsonl", "out", "retain.jsonl"]
+
+
+def test_a_full_disk_leaves_nothing(place, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rmu.checkpoint.shutil.copyfile", full)
+    fails(capsys, arguments(place), "No space left on device")
+    assert sorted(p.name for p in place.iterdir()) == ["base", "forget.jsonl", "retain.jsonl"]
+
+
+def test_flags_win_over_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\nforget: a.jsonl\nretain: [r.jsonl]\nlearning_rate: 1e-3\nscale: 7\nlayer: 3\n")
+    arguments, config = parse_unlearn(
+        ["--config", str(path), "--layer", "5", "--output_dir", str(tmp_path / "o")]
+    )
+    assert (arguments.model, arguments.forget, arguments.retain) == ("m", ["a.jsonl"], ["r.jsonl"])
+    assert (config.learning_rate, config.scale, config.layer) == (1e-3, [7.0], 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("layr: 3\n", "sets 'layr', which is no setting (did you mean 'layer'?)"),
+        ("- a\n", "holds a list"),
+        ("a: [\n", "not valid YAML"),
+        ("layer: [1, 2]\n", "layer"),
+        ("layer: seven\n", "layer"),
+    ],
+)
+def test_bad_yaml(place, capsys, text, message):
+    (place / "run.yaml").write_text(text)
+    fails(capsys, arguments(place, config=str(place / "run.yaml"), layer=None), message)
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_valid_settings(name, tmp_path):
+    argv = ["--config", name, "--model", "m", "--forget", "f", "--retain", "r", "--output_dir", str(tmp_path)]
+    arguments, config = parse_unlearn(argv)
+    assert config.method in ("rmu", "adaptive")
+
+
+def test_presets_command(capsys):
+    assert main(["presets"]) == 0
+    assert "demo" in capsys.readouterr().out
+    assert main(["presets", "demo"]) == 0
+    assert "layer:" in capsys.readouterr().out
+    fails(capsys, ["presets", "dem"], "did you mean 'demo'?")
+
+
+def test_help_is_short_enough_to_read(capsys):
+    assert main(["--help"]) == 0
+    assert "unlearn" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["unlearn", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--scope" in text and "--fsdp" not in text
+    fails(capsys, ["unlern"], "did you mean 'unlearn'?")
+
+
+def test_unknown_setting_in_a_preset_is_caught():
+    with pytest.raises(ValueError, match="no file and no preset"):
+        read_settings("nope", ["layer"])

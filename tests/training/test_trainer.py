@@ -1,0 +1,210 @@
+"""RMUTrainer: a run equals a plainly written two-model loop, saves what it should, and resumes."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from rmu import RMUConfig, RMUTrainer
+from rmu.checkpoint import weight_files
+from rmu.data import UnlearningCollator, UnlearningSchedule
+from rmu.directions import draw_directions
+from tests.tiny import random_texts, tiny_folder, tiny_model, word_tokenizer
+from tests.training.test_window import hidden_state
+
+FORGET = [random_texts(1), random_texts(2, words=(8, 30))]
+RETAIN = [random_texts(3)]
+
+
+def config(folder, **changes) -> RMUConfig:
+    settings = dict(output_dir=str(folder), layer=2, max_steps=6, learning_rate=1e-3, logging_steps=1)
+    settings |= dict(disable_tqdm=True, use_cpu=True, forget_max_length=[16, 24], seed=5)
+    return RMUConfig(**{**settings, **changes})
+
+
+def two_model_loop(model, args: RMUConfig):
+    """RMU as one would write it first: two whole models, hooks, torch's AdamW; the trained model and the losses."""
+    frozen, trained = copy.deepcopy(model), copy.deepcopy(model)
+    wanted = [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1, 2)]
+    tensors = [p for name, p in trained.named_parameters() if name in wanted]
+    optimizer = torch.optim.AdamW(tensors, lr=args.learning_rate, eps=args.adam_epsilon, weight_decay=0.0)
+    directions = draw_directions(2, 32, seed=args.seed)
+    collate = UnlearningCollator(word_tokenizer(), forget_lengths=[16, 24], retain_length=512)
+    schedule = UnlearningSchedule(FORGET, RETAIN, steps=args.max_steps, rows=4, seed=args.seed)
+    kept, losses = {}, []
+    for step in range(args.max_steps):
+        batch = collate([schedule[j] for j in range(4 * step, 4 * step + 4)])
+        topic, forget_side, retain_side = batch["topic"], batch["forget"], batch["retain"]
+
+        def states(which, side):
+            return hidden_state(which, 2, side["input_ids"], side["attention_mask"])[side["loss_mask"].bool()]
+
+        with torch.no_grad():
+            frozen_forget, frozen_retain = states(frozen, forget_side), states(frozen, retain_side)
+        forget, retain = states(trained, forget_side), states(trained, retain_side)
+        if args.method == "rmu":
+            coefficient = torch.tensor(args.coefficient[0])
+        elif args.scope == "token":
+            coefficient = args.scale[0] * frozen_forget.norm(dim=-1, keepdim=True)
+        elif args.scope == "batch":
+            coefficient = args.scale[0] * frozen_forget.norm(dim=-1).mean()
+        else:
+            coefficient = kept.setdefault(topic, args.scale[0] * forget.detach().norm(dim=-1).mean())
+        loss = ((forget - coefficient * directions[topic]) ** 2).mean()
+        loss = loss + args.alpha[0] * ((retain - frozen_retain) ** 2).mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return trained, losses
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "rmu"},
+        {"scope": "token"},
+        {"scope": "batch"},
+        {"scope": "first_batch"},
+    ],
+    ids=str,
+)
+def test_a_run_equals_the_two_model_loop(tmp_path, settings):
+    base = tiny_folder(tmp_path / "base")
+    args = config(tmp_path / "out", **settings)
+    expected, losses = two_model_loop(AutoModelForCausalLM.from_pretrained(base), args)
+    trainer = RMUTrainer(str(base), args, forget=FORGET, retain=RETAIN)
+    trainer.train()
+    trainer.save_model()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(losses, rel=1e-5)
+    new = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for (name, a), (_, b) in zip(expected.named_parameters(), new.named_parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_every_other_tensor_is_unchanged_and_the_record_is_complete(tmp_path):
+    base = tiny_folder(tmp_path / "base")
+    trainer = RMUTrainer(
+        str(base), config(tmp_path / "out", scope="first_batch"), forget=FORGET, retain=RETAIN
+    )
+    trainer.train()
+    trainer.save_model()
+    out = tmp_path / "out"
+    changed = set()
+    for name in weight_files(base):
+        old, new = load_file(base / name), load_file(out / name)
+        assert old.keys() == new.keys()
+        changed |= {key for key in old if not torch.equal(old[key], new[key])}
+    assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1, 2)}
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    record = json.loads((out / "rmu_run.json").read_text())
+    assert set(record["trained_tensors"]) == changed
+    assert record["steps"] == 6 and record["settings"]["seed"] == 5 and len(record["history"]) == 6
+    assert set(record["first_batch_coefficients"]) == {"0", "1"}
+    directions = load_file(out / "rmu_directions.safetensors")
+    assert sorted(directions) == ["direction.0", "direction.1"]
+    assert torch.equal(directions["direction.1"], draw_directions(2, 32, seed=5)[1])
+
+
+def test_a_topic_has_its_own_settings(tmp_path):
+    base = tiny_folder(tmp_path / "base")
+    args = config(tmp_path / "out", scale=[2.0, 7.0], alpha=[3.0, 5.0], max_steps=2)
+    trainer = RMUTrainer(str(base), args, forget=FORGET, retain=RETAIN)
+    trainer.train()
+    first, second = (e for e in trainer.state.log_history if "loss" in e)
+    norms = [e["coefficient_mean"] / s for e, s in ((first, 2.0), (second, 7.0))]
+    assert norms == pytest.approx([first["forget_norm"], norms[1]], rel=1e-5)
+    assert second["loss"] == pytest.approx(second["forget_loss"] + 5.0 * second["retain_loss"], rel=1e-5)
+    with pytest.raises(ValueError, match="scale: got 3 values for 2 topics"):
+        RMUTrainer(str(base), config(tmp_path, scale=[1.0, 2.0, 3.0]), forget=FORGET, retain=RETAIN)
+
+
+def test_without_a_step_count_every_forget_corpus_is_read_once(tmp_path):
+    base = tiny_folder(tmp_path / "base")
+    forget = [FORGET[0], FORGET[1][:7]]
+    trainer = RMUTrainer(str(base), config(tmp_path / "out", max_steps=-1), forget=forget, retain=RETAIN)
+    assert trainer.args.max_steps == 10 and trainer.train_dataset.passes()[0] == 1.0
+
+
+def test_directions_from_a_file(tmp_path):
+    base = tiny_folder(tmp_path / "base")
+    first = RMUTrainer(str(base), config(tmp_path / "a", max_steps=1), forget=FORGET, retain=RETAIN)
+    first.train()
+    first.save_model()
+    path = tmp_path / "a" / "rmu_directions.safetensors"
+    args = config(tmp_path / "b", seed=99, directions=str(path))
+    second = RMUTrainer(str(base), args, forget=FORGET, retain=RETAIN)
+    assert torch.equal(first.directions, second.directions)
+    with pytest.raises(ValueError, match="expected direction.2 for 3 topics"):
+        args = config(tmp_path / "b", directions=str(path), forget_max_length=[16])
+        RMUTrainer(str(base), args, forget=[*FORGET, FORGET[0]], retain=RETAIN)
+
+
+def test_resuming_gives_the_same_weights(tmp_path):
+    base = tiny_folder(tmp_path / "base")
+    steps = dict(scope="first_batch", save_strategy="steps", save_steps=3)
+
+    def run(name, **how):
+        trainer = RMUTrainer(str(base), config(tmp_path / name, **steps), forget=FORGET, retain=RETAIN)
+        trainer.train(**how)
+        return trainer
+
+    whole = run("a")
+    shutil.rmtree(tmp_path / "a" / "checkpoint-6")
+    resumed = run("b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    for a, b in zip(whole.window.trained, resumed.window.trained, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "checkpoint-3")
+    names = {p.name for p in (tmp_path / "a" / "checkpoint-3").iterdir()}
+    assert "model.safetensors" not in names and "rmu_trained.safetensors" in names
+    resumed.save_model()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "b") is not None
+
+
+def test_a_model_in_memory_trains_and_refuses_to_save_without_a_folder(tmp_path):
+    model = tiny_model()
+    args = config(tmp_path / "out", max_steps=2)
+    trainer = RMUTrainer(model, args, forget=FORGET, retain=RETAIN, processing_class=word_tokenizer())
+    trainer.train()
+    with pytest.raises(ValueError, match="given in memory"):
+        trainer.save_model()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    base = tiny_folder(tmp_path / "base")
+    args = config(tmp_path / "out", learning_rate=1e38, max_steps=20)
+    trainer = RMUTrainer(str(base), args, forget=FORGET, retain=RETAIN)
+    with pytest.raises(ValueError, match="not finite by step"):
+        trainer.train()
+
+
+def test_a_stub_tokenizer_is_refused(tmp_path):
+    base = tiny_folder(tmp_path / "base", vocab_size=5000)
+    with pytest.raises(ValueError, match="it has 96 tokens and the model's vocabulary 5000"):
+        RMUTrainer(str(base), config(tmp_path / "out"), forget=FORGET, retain=RETAIN)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("method", "rmv", "method: got 'rmv', expected one of rmu, adaptive"),
+        ("scope", "line", "scope: got 'line'"),
+        ("scale", -1.0, "scale: got -1.0"),
+        ("alpha", float("nan"), "alpha: got nan"),
+        ("layer", -2, "layer: got -2"),
+        ("max_steps", 0, "max_steps: got 0"),
+        ("learning_rate", 0.0, "learning_rate: got 0.0"),
+        ("forget_max_length", 1, "forget_max_length: got 1"),
+        ("dtype", "int8", "dtype: got 'int8'"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, field, value, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **{field: value})
