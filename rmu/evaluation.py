@@ -24,16 +24,16 @@ def evaluate_tasks(
 
     Args:
         tasks: names of tasks or groups: the harness's own, or those of the YAML files under `include_path`.
-        include_path: a folder of task files. When it defines every name asked for, the harness's own tasks are
-            not indexed, which saves several seconds.
+        include_path: a folder of task files. When it defines every name asked for, the harness's own tasks
+            are not indexed, which saves several seconds.
         batch_size: requests a forward pass.
         limit: at most this many documents a task.
 
     Returns:
-        Rows `{"task", "domain", "side", "n", "accuracy", "stderr"}`; `stderr` is the standard error of the mean.
-        A task whose documents have the fields `side` and `domain` gives a row per domain, and one per side with
-        domain `"all"`; any other task or group gives one row, with `None` for both. The accuracy is the first of
-        `acc`, `acc_norm` and `exact_match` that the task reports.
+        Rows `{"task", "domain", "side", "n", "accuracy", "stderr"}`; `stderr` is the standard error.
+        A task whose documents have the fields `side` and `domain` gives a row per domain, and one per side
+        with domain `"all"`; any other task or group gives one row, with `None` for both. The accuracy is the
+        first of `acc`, `acc_norm` and `exact_match` that the task reports.
 
     Raises:
         ValueError: no task is named, a name is unknown, or a task reports no accuracy.
@@ -51,9 +51,13 @@ def evaluate_tasks(
         raise ValueError("tasks is empty: name at least one task of lm-evaluation-harness.")
     manager = _task_manager(tasks, include_path)
     was_training = model.training
-    # The log-likelihoods of a low-precision model would be rounded to about three digits, and options would tie.
+    # bfloat16 log-likelihoods have about three digits: options would tie.
     harness_model = HFLM(
-        pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, softmax_dtype="float32"
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=batch_size,
+        softmax_dtype="float32",
     )
     results = simple_evaluate(
         harness_model, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True
@@ -98,7 +102,9 @@ def _rows(tasks: list[str], results: dict[str, Any]) -> list[dict[str, Any]]:
                 rows.append(_row(name, domain, side, len(scores), accuracy))
         else:
             leaves = [name] if name in samples else results["group_subtasks"].get(name, [])
-            n = sum(results["n-samples"][leaf]["effective"] for leaf in leaves if leaf in results["n-samples"])
+            n = sum(
+                results["n-samples"][leaf]["effective"] for leaf in leaves if leaf in results["n-samples"]
+            )
             rows.append(_row(name, None, None, n, float(reported[name][key])))
     return rows
 
@@ -128,7 +134,9 @@ def _predictions(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield, batch by batch, fp32 logits `[N, V]` and the token that follows `[N]`, pads left out."""
     if isinstance(texts, str) or not texts:
-        raise ValueError(f"texts must be a non-empty sequence of strings, got {type(texts).__name__} {texts!r:.50}.")
+        raise ValueError(
+            f"texts must be a non-empty sequence of strings, got {type(texts).__name__} {texts!r:.50}."
+        )
     rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
     if not rows:
@@ -188,8 +196,8 @@ def token_confidence(
     Steering lowers it on forget text (Dang et al. 2024, arXiv 2408.06223, section 4).
 
     Returns:
-        `{"edges", "counts", "mean"}`: `bins + 1` edges from 0 to 1, the number of positions in each bin, and the
-        mean largest probability.
+        `{"edges", "counts", "mean"}`: `bins + 1` edges from 0 to 1, the number of positions in each bin, and
+        the mean largest probability.
 
     Raises:
         ValueError: `texts` is empty, or none has two tokens.

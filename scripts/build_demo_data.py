@@ -26,7 +26,7 @@ SEED = 20240806
 
 @dataclass(frozen=True)
 class Domain:
-    """A WordNet lexicographer file: its number (lexnames(5WN)), side, what its words name, questions asked."""
+    """A WordNet lexicographer file: its number (lexnames(5WN)), what its words name, and questions asked."""
 
     name: str
     number: int
@@ -45,7 +45,7 @@ DOMAINS = [
     Domain("person", 18, "retain", "person", 50),
     Domain("place", 15, "retain", "place", 50),
 ]
-# None of these may hold a phrase of rmu/demo/tasks/*.yaml: what is measured there is knowledge, not a form of words.
+# None of these may hold a phrase of rmu/demo/tasks/*.yaml, or a change of wording would pass for forgetting.
 # {w} word, {g} gloss, {W}/{G} the same with a capital, {kind} what the domain's words name.
 FORMS = [
     "{w}: {g}.",
@@ -69,10 +69,13 @@ FORMS = [
 ]
 FORMS_PER_SYNSET = 2
 SYNSETS_PER_RETAIN_DOMAIN = 1700
-COARSE = re.compile(r"offensive|slur|obscene|vulgar|disparag|derogatory|coitus|sexual|prostitut|genital", re.I)
+COARSE = re.compile(
+    r"offensive|slur|obscene|vulgar|disparag|derogatory|coitus|sexual|prostitut|genital", re.I
+)
 SENTENCE_END = re.compile(r'(?:(?<=[.!?])|(?<=[.!?]["\u201d]))\s+(?=["\u201cA-Z])')
 TAXON = re.compile(
-    r"^(an? |the )?(large |small |natural |type )?(sub|super)?(genus|family|order|class|phylum|kingdom|division|tribe)\b",
+    r"^(an? |the )?(large |small |natural |type )?"
+    r"(sub|super)?(genus|family|order|class|phylum|kingdom|division|tribe)\b",
     re.I,
 )
 
@@ -202,9 +205,11 @@ def make_questions(synsets: list[Synset], rng: random.Random) -> list[dict]:
 
 
 def make_glosses(synsets: list[Synset], questions: list[dict], side: str, rng: random.Random) -> list[dict]:
-    """Texts of rare synsets (never tagged), each in a few sentence forms; nothing of a question is in them."""
+    """Texts of rare synsets (never tagged), each in a few sentence forms, without those of the questions."""
     asked = {question["synset"] for question in questions}
-    held_out_words = {lemma.lower() for synset in synsets if synset.offset in asked for lemma in synset.lemmas}
+    held_out_words = {
+        lemma.lower() for synset in synsets if synset.offset in asked for lemma in synset.lemmas
+    }
     held_out_glosses = {synset.gloss.lower() for synset in synsets if synset.offset in asked}
     kept = defaultdict(list)
     for synset in synsets:
@@ -263,7 +268,9 @@ def make_prose(
     Whales, the subject of one source, are animals too: passages on them would tell the model to keep what it
     is to forget.
     """
-    forget_words = sorted({question["word"] for question in questions if question["side"] == "forget"} | {"whale"})
+    forget_words = sorted(
+        {question["word"] for question in questions if question["side"] == "forget"} | {"whale"}
+    )
     mentions = re.compile(r"\b(" + "|".join(map(re.escape, forget_words)) + r")(s|es)?\b", re.I)
     training, held_out = [], []
     for folder, pattern, per_document in [(sotu, "[12]*.txt", 16), (moby_dick, "chapter_*.txt", 12)]:
@@ -289,7 +296,9 @@ def write(name: str, rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--wordnet", type=Path, required=True, help="folder of data.noun and cntlist.rev")
     parser.add_argument("--sotu", type=Path, required=True, help="folder of the addresses, one .txt each")
     parser.add_argument("--moby-dick", type=Path, required=True, help="folder of the chapters, one .txt each")

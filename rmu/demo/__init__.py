@@ -6,7 +6,7 @@ from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
 TASKS_PATH = Path(__file__).parent / "tasks"
-TASKS = ("rmu_demo_question", "rmu_demo_entry", "rmu_demo_known")
+TASKS = ("rmu_demo_question", "rmu_demo_dictionary", "rmu_demo_completion")
 
 
 def read_data(name: str) -> list[dict]:

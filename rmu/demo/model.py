@@ -43,7 +43,9 @@ def demo_model(cache_dir: str | os.PathLike | None = None) -> Path:
     if target.is_dir():
         return target
     if importlib.util.find_spec("gguf") is None:
-        raise RuntimeError("Reading the demo's model needs the package `gguf`: pip install 'rmu-kernels[demo]'.")
+        raise RuntimeError(
+            "Reading the demo's model needs the package `gguf`: pip install 'rmu-kernels[demo]'."
+        )
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".demo-model-", dir=cache) as temporary:
         work = Path(temporary)
