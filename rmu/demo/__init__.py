@@ -1,0 +1,30 @@
+"""The demo's own material: a small model, WordNet corpora, general prose and evaluation tasks."""
+
+import gzip
+import json
+from pathlib import Path
+
+DATA = Path(__file__).parent / "data"
+TASKS_PATH = Path(__file__).parent / "tasks"
+TASKS = ("rmu_demo_question", "rmu_demo_dictionary", "rmu_demo_completion")
+
+
+def read_data(name: str) -> list[dict]:
+    """The rows of `data/<name>.jsonl.gz`."""
+    with gzip.open(DATA / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def evaluation_inputs() -> dict:
+    """The arguments of `rmu.evaluation.evaluate` in the demo; every text is held out from training."""
+    glosses = {"forget": [], "retain": []}
+    for question in read_data("questions"):
+        glosses[question["side"]].append(f"{question['word']}: {question['gloss']}.")
+    size = min(map(len, glosses.values()))
+    return {
+        "tasks": TASKS,
+        "include_path": TASKS_PATH,
+        "prose": [row["text"] for row in read_data("prose_heldout")],
+        "forget_texts": glosses["forget"][:size],
+        "retain_texts": glosses["retain"][:size],
+    }

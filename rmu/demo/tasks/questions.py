@@ -1,0 +1,10 @@
+"""The documents of the demo's tasks, read from the package itself (no hub, no cache)."""
+
+from datasets import Dataset, DatasetDict
+
+from rmu.demo import read_data
+
+
+def load(**_metadata) -> DatasetDict:
+    """Called by lm-evaluation-harness, which passes the metadata of the task file."""
+    return DatasetDict(test=Dataset.from_list(read_data("questions")))

@@ -1,0 +1,283 @@
+"""What a causal language model knows: task accuracy, perplexity and token confidence."""
+
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ACCURACY_METRICS = ("acc", "acc_norm", "exact_match")
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    include_path: str | Path | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """Accuracy on lm-evaluation-harness tasks.
+
+    Args:
+        tasks: names of tasks or groups: the harness's own, or those of the YAML files under `include_path`.
+        include_path: a folder of task files. When it defines every name asked for, the harness's own tasks
+            are not indexed, which saves several seconds.
+        batch_size: requests a forward pass.
+        limit: at most this many documents a task.
+
+    Returns:
+        Rows `{"task", "domain", "side", "n", "accuracy", "stderr"}`; `stderr` is the standard error.
+        A task whose documents have the fields `side` and `domain` gives a row per domain, and one per side
+        with domain `"all"`; any other task or group gives one row, with `None` for both. The accuracy is the
+        first of `acc`, `acc_norm` and `exact_match` that the task reports.
+
+    Raises:
+        ValueError: no task is named, a name is unknown, or a task reports no accuracy.
+        ImportError: lm-evaluation-harness is missing.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ImportError(
+            f"Task accuracy needs lm-evaluation-harness: pip install 'rmu-kernels[eval]' ({error})"
+        ) from error
+    tasks = list(tasks)
+    if not tasks:
+        raise ValueError("tasks is empty: name at least one task of lm-evaluation-harness.")
+    manager = _task_manager(tasks, include_path)
+    was_training = model.training
+    with _quiet("lm_eval.models.huggingface"):
+        # bfloat16 log-likelihoods have about three digits: options would tie.
+        harness_model = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=batch_size,
+            softmax_dtype="float32",
+        )
+    try:
+        with _quiet("lm_eval.api.task"), _random_state_kept():
+            results = simple_evaluate(
+                harness_model,
+                tasks=tasks,
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+    finally:
+        model.train(was_training)
+    return _rows(tasks, results)
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    """Hide the harness's warnings on how it was called: an in-memory model, a task with its own loader."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """The harness seeds every global generator; what is drawn after a measurement must not depend on it."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def _task_manager(tasks: list[str], include_path: str | Path | None):
+    from lm_eval.tasks import TaskManager
+
+    path = None if include_path is None else str(include_path)
+    manager = None
+    if path is not None:
+        if not Path(path).is_dir():
+            raise ValueError(f"include_path is not a folder: {path}")
+        manager = TaskManager(include_path=path, include_defaults=False)
+    if manager is None or not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=path)
+    unknown = sorted(set(tasks) - set(manager.all_tasks))
+    if unknown:
+        raise ValueError(f"tasks: no lm-evaluation-harness task is called {', '.join(unknown)}.")
+    return manager
+
+
+def _rows(tasks: list[str], results: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    samples, reported = results["samples"], results["results"]
+    # A tag is no task of its own: its members are reported instead.
+    names = [name for task in tasks for name in ([task] if task in reported else samples)]
+    for name in dict.fromkeys(names):
+        key = _accuracy_key(name, reported[name])
+        docs = samples.get(name, [])
+        if docs and {"side", "domain"} <= set(docs[0]["doc"]):
+            metric = key.split(",")[0]
+            groups: dict[tuple[str, str], list[float]] = {}
+            for sample in docs:
+                for domain in (sample["doc"]["domain"], "all"):
+                    groups.setdefault((sample["doc"]["side"], domain), []).append(float(sample[metric]))
+            for (side, domain), scores in sorted(groups.items(), key=lambda item: _domain_order(*item[0])):
+                accuracy = sum(scores) / len(scores)
+                rows.append(_row(name, domain, side, len(scores), accuracy))
+        else:
+            leaves = [name] if name in samples else results["group_subtasks"].get(name, [])
+            n = sum(
+                results["n-samples"][leaf]["effective"] for leaf in leaves if leaf in results["n-samples"]
+            )
+            rows.append(_row(name, None, None, n, float(reported[name][key])))
+    return rows
+
+
+def _domain_order(side: str, domain: str) -> tuple[str, bool, str]:
+    return side, domain == "all", domain
+
+
+def _accuracy_key(name: str, metrics: dict[str, Any]) -> str:
+    for metric in ACCURACY_METRICS:
+        for key in metrics:
+            if key.split(",")[0] == metric:
+                return key
+    raise ValueError(f"tasks: {name} reports none of {', '.join(ACCURACY_METRICS)}.")
+
+
+def _row(task: str, domain: str | None, side: str | None, n: int, accuracy: float) -> dict[str, Any]:
+    # The estimate of the harness: sample standard deviation of 0/1 scores over the square root of n.
+    stderr = math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else math.nan
+    return {"task": task, "domain": domain, "side": side, "n": n, "accuracy": accuracy, "stderr": stderr}
+
+
+@torch.inference_mode()
+def _predictions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int,
+    batch_size: int,
+    description: str,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield, batch by batch, fp32 logits `[N, V]` and the token that follows `[N]`, pads left out."""
+    if isinstance(texts, str) or not texts:
+        raise ValueError(
+            f"texts must be a non-empty sequence of strings, got {type(texts).__name__} {texts!r:.50}."
+        )
+    rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
+    if not rows:
+        raise ValueError("texts: none is longer than one token, so nothing can be predicted.")
+    was_training = model.training
+    model.eval()
+    try:
+        for start in tqdm(range(0, len(rows), batch_size), desc=description, unit="batch"):
+            batch = rows[start : start + batch_size]
+            ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)  # [B, T]
+            mask = torch.zeros_like(ids)
+            for i, row in enumerate(batch):
+                ids[i, : len(row)] = torch.tensor(row)
+                mask[i, : len(row)] = 1
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [B, T, V]
+            counted = mask[:, 1:].bool()
+            yield logits[:, :-1][counted].float(), ids[:, 1:][counted]
+    finally:
+        model.train(was_training)
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int = 512,
+    batch_size: int = 8,
+) -> dict[str, float]:
+    """Token-level perplexity: the exponential of the mean negative log-likelihood over all predicted tokens.
+
+    Each text is cut at `max_length` tokens; its first token is not predicted.
+
+    Returns:
+        `{"perplexity", "tokens"}`, the second the number of predicted tokens.
+
+    Raises:
+        ValueError: `texts` is empty, or none has two tokens.
+    """
+    total, tokens = 0.0, 0
+    for logits, targets in _predictions(model, tokenizer, texts, max_length, batch_size, "Perplexity"):
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        tokens += targets.numel()
+    return {"perplexity": math.exp(total / tokens), "tokens": tokens}
+
+
+def token_confidence(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int = 512,
+    batch_size: int = 8,
+    bins: int = 20,
+) -> dict[str, Any]:
+    """Histogram of the largest softmax probability at every position that predicts a token of `texts`.
+
+    Steering lowers it on forget text (Dang et al. 2024, arXiv 2408.06223, section 4).
+
+    Returns:
+        `{"edges", "counts", "mean"}`: `bins + 1` edges from 0 to 1, the number of positions in each bin, and
+        the mean largest probability.
+
+    Raises:
+        ValueError: `texts` is empty, or none has two tokens.
+    """
+    counts = torch.zeros(bins, dtype=torch.long)
+    total = 0.0
+    for logits, _ in _predictions(model, tokenizer, texts, max_length, batch_size, "Token confidence"):
+        largest = (logits.amax(-1) - logits.logsumexp(-1)).exp().cpu()
+        counts += torch.histc(largest, bins=bins, min=0, max=1).long()
+        total += largest.sum().item()
+    return {
+        "edges": [i / bins for i in range(bins + 1)],
+        "counts": counts.tolist(),
+        "mean": total / int(counts.sum()),
+    }
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    prose: Sequence[str],
+    forget_texts: Sequence[str],
+    retain_texts: Sequence[str],
+    include_path: str | Path | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Measure a model the same way before and after unlearning.
+
+    Returns:
+        `{"accuracy": rows of evaluate_tasks, "perplexity": perplexity of prose,
+        "confidence": {"forget": token_confidence of forget_texts, "retain": that of retain_texts}}`.
+    """
+    return {
+        "accuracy": evaluate_tasks(model, tokenizer, tasks, include_path, batch_size, limit),
+        "perplexity": perplexity(model, tokenizer, prose),
+        "confidence": {
+            "forget": token_confidence(model, tokenizer, forget_texts),
+            "retain": token_confidence(model, tokenizer, retain_texts),
+        },
+    }
