@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rmu.checkpoint import local_folder, weight_files
+from rmu.data import check_tokenizer
 
 ACCURACY_METRICS = ("acc", "acc_norm", "exact_match")
 
@@ -281,3 +284,20 @@ def evaluate(
             "retain": token_confidence(model, tokenizer, retain_texts),
         },
     }
+
+
+def load_model(
+    model: str | Path, dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model folder or hub id, whole, on the accelerator if there is one, with its tokenizer.
+
+    Raises:
+        ValueError: no such model, no safetensors weights, or a tokenizer that is not the model's.
+    """
+    folder = local_folder(model)
+    weight_files(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_tokenizer(tokenizer, loaded.config.get_text_config().vocab_size)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return loaded.to(accelerator or "cpu").eval(), tokenizer
