@@ -155,10 +155,16 @@ def _eval(argv: list[str]) -> None:
     parser.add_argument("--tasks", nargs="+", help="tasks of lm-evaluation-harness (default: the demo's)")
     parser.add_argument("--include_path", help="folder of further task files (YAML)")
     parser.add_argument("--limit", type=int, help="at most this many questions a task")
-    parser.add_argument("--batch_size", type=int, default=32, help="questions' answers a forward pass (default 32)")
-    parser.add_argument("--corpus", help="measure perplexity on this corpus (default: the demo's held-out prose)")
+    parser.add_argument(
+        "--batch_size", type=int, default=32, help="questions' answers a forward pass (default 32)"
+    )
+    parser.add_argument(
+        "--corpus", help="measure perplexity on this corpus (default: the demo's held-out prose)"
+    )
     parser.add_argument("--text_field", default="text", help="field of the corpus that holds the text")
-    parser.add_argument("--max_length", type=int, default=512, help="cut a text of the corpus at so many tokens")
+    parser.add_argument(
+        "--max_length", type=int, default=512, help="cut a text of the corpus at so many tokens"
+    )
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code of the checkpoint")
     parser.add_argument("--output", help="also write the numbers to this JSON file")
@@ -187,7 +193,9 @@ def _eval(argv: list[str]) -> None:
     print(f"\n{'task':24} {'side':8} {'domain':12} {'n':>6} {'accuracy':>9} {'stderr':>7}")
     for row in rows:
         side, domain = row["side"] or "", row["domain"] or ""
-        print(f"{row['task']:24} {side:8} {domain:12} {row['n']:6} {row['accuracy']:9.3f} {row['stderr']:7.3f}")
+        print(
+            f"{row['task']:24} {side:8} {domain:12} {row['n']:6} {row['accuracy']:9.3f} {row['stderr']:7.3f}"
+        )
     print(f"\nperplexity {prose['perplexity']:.2f} over {prose['tokens']} tokens")
     if arguments.output:
         Path(arguments.output).write_text(json.dumps({"accuracy": rows, "perplexity": prose}, indent=1))

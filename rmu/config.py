@@ -36,7 +36,10 @@ class UnlearningArguments:
         }
     )
     retain: list[str] = field(
-        metadata={"help": "Corpora to retain; with several, the steps alternate between them.", "nargs": "+"}
+        metadata={
+            "help": "Corpora to retain; with several, the rows of a step come from them in turn.",
+            "nargs": "+",
+        }
     )
     text_field: str = _setting("text", "Field of the corpora that holds the text.")
     min_length: int = _setting(0, "Leave out texts of fewer characters.")

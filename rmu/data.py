@@ -80,9 +80,9 @@ def _first_line(error: BaseException) -> str:
 class UnlearningSchedule(torch.utils.data.Dataset):
     """Which rows each step reads: item ``j`` is row ``j mod rows`` of step ``j div rows``.
 
-    Topics alternate: step ``i`` uses topic ``i mod K``. Retain corpora alternate too, and with fewer of them than topics
-    consecutive steps read the same retain batch, as the released loop does. A corpus that ends is read again, in a new
-    order when shuffled.
+    Topics alternate: step ``i`` uses topic ``i mod K``. The retain rows are the same for each round of K steps, as in the
+    released loop; with several retain corpora, row after row comes from one after another. A corpus that ends is read again,
+    in a new order when shuffled.
 
     Args:
         forget, retain: one sequence of texts (or ``Dataset`` with a column ``text``) a topic and a retain corpus.
@@ -118,10 +118,11 @@ class UnlearningSchedule(torch.utils.data.Dataset):
     def __getitem__(self, j: int) -> dict[str, Any]:
         step, row = divmod(j, self.rows)
         topics, retains = len(self.forget), len(self.retain)
+        position = step // topics * self.rows + row
         return {
             "topic": step % topics,
-            "forget": self._text("forget", step % topics, step // topics * self.rows + row),
-            "retain": self._text("retain", step % retains, step // max(topics, retains) * self.rows + row),
+            "forget": self._text("forget", step % topics, position),
+            "retain": self._text("retain", position % retains, position // retains),
         }
 
     def passes(self) -> list[float]:

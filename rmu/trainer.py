@@ -41,7 +41,7 @@ class RMUTrainer(Trainer):
             :class:`LayerWindow`.
         args: settings.
         forget: one corpus a topic, each a list of texts or a ``Dataset`` with a column ``text``.
-        retain: retain corpora; steps alternate between them.
+        retain: retain corpora; the rows of a step come from them in turn.
         processing_class: the model's tokenizer; read from the model's folder when it is not given.
         trust_remote_code: run model code that comes with the checkpoint.
         callbacks, optimizers: as in ``transformers.Trainer``.

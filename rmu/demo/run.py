@@ -20,6 +20,7 @@ from rmu.demo import DATA, evaluation_inputs
 from rmu.evaluation import evaluate, load_model
 
 CHANCE = 0.25
+RETAIN = [str(DATA / f"{name}.jsonl.gz") for name in ("retain_glosses", "retain_prose")]
 # Greedy continuations shown side by side; the words are common ones, held out from training.
 PROMPTS = [
     ("forget", "The zebra is an animal that"),
@@ -59,7 +60,7 @@ def run_demo(
     unlearned = output / "model"
     # A process of its own, so that the peak memory it records is that of unlearning alone.
     command = [sys.executable, "-m", "rmu", "unlearn", "--config", "demo", "--model", str(base)]
-    command += ["--forget", str(DATA / "forget.jsonl.gz"), "--retain", str(DATA / "retain.jsonl.gz")]
+    command += ["--forget", str(DATA / "forget.jsonl.gz"), "--retain", *RETAIN]
     command += ["--output_dir", str(unlearned), *overrides]
     if subprocess.run(command).returncode != 0:
         raise ValueError("demo: unlearning failed, the lines above say why")
@@ -116,13 +117,17 @@ def main(argv: Sequence[str]) -> None:
         "settings).",
     )
     parser.add_argument("--model", help="model folder or hub id (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--cache_dir", help="where the model is kept (default: $RMU_CACHE, else ~/.cache/rmu)")
+    parser.add_argument(
+        "--cache_dir", help="where the model is kept (default: $RMU_CACHE, else ~/.cache/rmu)"
+    )
     parser.add_argument("--output_dir", help="a new folder (default: demo-report/<time>)")
     arguments, overrides = parser.parse_known_args(list(argv))
     output = Path(arguments.output_dir or f"demo-report/{datetime.now():%Y-%m-%d-%H%M%S}")
     from rmu.report import summary_table
 
     started = time.perf_counter()
-    results, page = run_demo(output, model=arguments.model, cache_dir=arguments.cache_dir, overrides=overrides)
+    results, page = run_demo(
+        output, model=arguments.model, cache_dir=arguments.cache_dir, overrides=overrides
+    )
     print(f"\n{summary_table(results)}\n")
     print(f"report: {page}\nmodel:  {output / 'model'}\n{time.perf_counter() - started:.0f} s in all")

@@ -66,8 +66,8 @@ def test_topics_alternate_and_share_the_retain_batch():
     assert [i["retain"] for i in items] == ["r0", "r1", "r0", "r1", "r2", "r3", "r2", "r3"]
 
 
-def test_retain_corpora_alternate():
-    schedule = UnlearningSchedule([["a"]], [["r0", "r1"], ["s0", "s1"]], steps=4, rows=1, shuffle=False)
+def test_retain_rows_come_from_the_corpora_in_turn():
+    schedule = UnlearningSchedule([["a"]], [["r0", "r1"], ["s0", "s1"]], steps=2, rows=2, shuffle=False)
     assert [schedule[j]["retain"] for j in range(4)] == ["r0", "s0", "r1", "s1"]
 
 

@@ -1,0 +1,35 @@
+"""The demo from end to end, on a tiny model that knows nothing: every step runs and its numbers reach the report."""
+
+import json
+
+import pytest
+
+from rmu.cli import main
+from tests.tiny import tiny_folder
+
+SETTINGS = "--layer 2 --max_steps 4 --logging_steps 1 --per_device_train_batch_size 2 --use_cpu true".split()
+
+
+@pytest.mark.slow
+def test_demo(tmp_path, capfd):
+    base = tiny_folder(tmp_path / "base")
+    output = tmp_path / "report"
+    assert main(["demo", "--model", str(base), "--output_dir", str(output), *SETTINGS]) == 0
+    results = json.loads((output / "results.json").read_text())
+    assert len(results["history"]) == 4
+    assert results["settings"]["layer"] == 2
+    assert results["cost"]["train_seconds"] > 0 and results["cost"]["peak_memory_bytes"] > 0
+    assert {row["task"] for row in results["after"]["accuracy"]} == {
+        "rmu_demo_question",
+        "rmu_demo_dictionary",
+        "rmu_demo_completion",
+    }
+    assert (output / "model" / "config.json").is_file() and (output / "report.html").is_file()
+    out = capfd.readouterr().out
+    assert "report.html" in out and "chance is 25.0%" in out
+
+
+def test_demo_refuses_a_folder_in_use(tmp_path, capsys):
+    (tmp_path / "mine").touch()
+    assert main(["demo", "--output_dir", str(tmp_path)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
