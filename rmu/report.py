@@ -44,8 +44,9 @@ LIMITS = [
     "shallow”).",
     "It is brittle the other way too: one forget token inside a harmless question can spoil the answer "
     "(Dang et al. 2025, arXiv 2501.19202).",
-    "These attacks are published results on other models; this report did not repeat them. It measured the "
-    "questions, texts and prompts shown here, and says nothing about other wordings, languages or attacks.",
+    "These attacks are published results on other models; this report did not repeat them. It shows one run, "
+    "measured on the questions, texts and prompts named here: another seed gives other numbers, and nothing "
+    "is said about other wordings, languages or attacks.",
 ]
 
 
@@ -86,7 +87,7 @@ def _perplexity_section(results) -> Section | None:
         if after.get("tokens")
         else ""
     )
-    return Section("Perplexity", [Text(perplexity_finding(before, after).text.rstrip(".") + "." + tokens)])
+    return Section("Perplexity", [Text(perplexity_finding(before, after).text + tokens)])
 
 
 def _curves(history, side, key) -> list[tuple]:

@@ -13,6 +13,8 @@ RETAIN_POINTS = 2.0  # retain accuracy: at most so many percentage points lost
 PERPLEXITY_RATIO = 1.30  # prose perplexity: less than so many times the old one
 TINY = 1e-9  # rounding of the comparisons above
 
+SUMMARY_HEADER = ["", "before", "after", "change"]
+
 
 class Score(NamedTuple):
     accuracy: float
@@ -183,7 +185,7 @@ def perplexity_finding(before: dict, after: dict) -> Finding:
     text += f"to {after['perplexity']:.2f} ({percent}%)"
     if ratio < PERPLEXITY_RATIO - TINY:
         return Finding(goal, "met", f"prose perplexity changed by {percent}%", text + ".")
-    text += f", {100 * (PERPLEXITY_RATIO - 1):.0f}% or more: the model became clearly worse at ordinary text."
+    text += f". The limit is less than +{100 * (PERPLEXITY_RATIO - 1):.0f}%: ordinary text is damaged."
     return Finding(goal, "missed", f"prose perplexity ROSE by {100 * (ratio - 1):.1f}%", text)
 
 
@@ -241,9 +243,6 @@ def summary_rows(results) -> list[list[str]]:
                 [f"mean token confidence, {side} text", f"{values[0]:.3f}", f"{values[1]:.3f}", change]
             )
     return rows
-
-
-SUMMARY_HEADER = ["", "before", "after", "change"]
 
 
 def summary_table(results: dict) -> str:

@@ -6,7 +6,9 @@ import math
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rmu import figures
@@ -213,6 +215,21 @@ def test_markdown_has_the_same_tables_and_its_figures(results, folder, page):
 
 def test_results_are_kept(results, folder):
     assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results
+
+
+def test_results_with_numpy_values_and_paths(results, tmp_path):
+    results["chance"] = np.float32(0.25)
+    results["after"]["confidence"]["forget"]["counts"] = np.array([3, 2, 1])
+    results["settings"]["output"] = Path("out")
+    write_report(results, tmp_path)
+    kept = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert kept["chance"] == 0.25 and kept["settings"]["output"] == "out"
+    assert kept["after"]["confidence"]["forget"]["counts"] == [3, 2, 1]
+
+
+def test_nothing_measured(tmp_path):
+    page = Page(write_report({"before": {"accuracy": []}, "after": {"accuracy": []}}, tmp_path))
+    assert page.headings == ["Summary", "Limits"] and "Nothing was measured" in page.text
 
 
 def test_same_results_give_the_same_bytes(results, folder, tmp_path):
