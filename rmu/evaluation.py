@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rmu.checkpoint import local_folder, weight_files
-from rmu.data import check_tokenizer
+from rmu.data import check_tokenizer, load_tokenizer
 
 ACCURACY_METRICS = ("acc", "acc_norm", "exact_match")
 
@@ -296,7 +296,7 @@ def load_model(
     """
     folder = local_folder(model)
     weight_files(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     check_tokenizer(tokenizer, loaded.config.get_text_config().vocab_size)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -17,12 +17,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rmu.checkpoint import local_folder, resolve_names, save_unlearned
 from rmu.coefficient import SteeringCoefficient
 from rmu.config import RMUConfig
-from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer
+from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer, load_tokenizer
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
 from rmu.directions import directions_to_bytes, draw_directions, read_directions
 from rmu.window import LayerWindow
@@ -100,9 +100,7 @@ class RMUTrainer(Trainer):
                 raise ValueError(
                     "processing_class: got None, expected the tokenizer of a model given in memory"
                 )
-            processing_class = AutoTokenizer.from_pretrained(
-                self.base_folder, trust_remote_code=trust_remote_code
-            )
+            processing_class = load_tokenizer(self.base_folder, trust_remote_code)
         check_tokenizer(processing_class, self.window.config.get_text_config().vocab_size)
         # Found out before training, not after it.
         self.stored = (
