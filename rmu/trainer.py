@@ -25,6 +25,7 @@ from rmu.config import RMUConfig
 from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer, load_tokenizer
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
 from rmu.directions import directions_to_bytes, draw_directions, read_directions
+from rmu.model_card import model_card
 from rmu.window import LayerWindow
 from rmu_kernels import rmu_loss
 
@@ -213,13 +214,15 @@ class RMUTrainer(Trainer):
             raise ValueError(
                 "model: it was given in memory, without a folder whose other tensors could be kept"
             )
+        record = self.run_record()
         save_unlearned(
             self.base_folder,
             folder,
             self.window.trained_tensors(),
             self.stored,
             {
-                RUN_FILE: json.dumps(self.run_record(), indent=2).encode(),
+                RUN_FILE: json.dumps(record, indent=2).encode(),
+                "README.md": model_card(record, self.base_folder).encode(),
                 DIRECTIONS_FILE: directions_to_bytes(self.directions),
             },
         )
