@@ -84,9 +84,12 @@ def test_token_confidence_is_the_largest_probability(model, tokenizer, batch_siz
 
 
 @pytest.mark.parametrize("measure", [perplexity, token_confidence])
-@pytest.mark.parametrize("texts", [[], ["cat"], "the cat sat"])
-def test_nothing_to_predict_is_an_error(model, tokenizer, measure, texts):
-    with pytest.raises(ValueError, match="texts"):
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [([], "non-empty sequence"), ("the cat sat", "non-empty sequence"), (["cat"], "longer than one token")],
+)
+def test_nothing_to_predict_is_an_error(model, tokenizer, measure, texts, message):
+    with pytest.raises(ValueError, match=message):
         measure(model, tokenizer, texts)
 
 
@@ -169,12 +172,12 @@ def test_measuring_leaves_random_state_and_log_levels_alone(model, tokenizer):
     seed()
     expected = draw()
     seed()
-    levels = [logging.getLogger(name).level for name in ("lm_eval.api.task", "lm_eval.models.huggingface")]
+    loggers = [logging.getLogger(name) for name in ("lm_eval.api.task", "lm_eval.models.huggingface")]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
     evaluate_tasks(model, tokenizer, ["rmu_demo_question"], TASKS_PATH, limit=2)
     assert draw() == expected
-    assert levels == [
-        logging.getLogger(name).level for name in ("lm_eval.api.task", "lm_eval.models.huggingface")
-    ]
+    assert [logger.level for logger in loggers] == [logging.INFO, logging.INFO]
 
 
 def test_evaluate_gathers_all_measures(model, tokenizer):
