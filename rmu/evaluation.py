@@ -38,9 +38,8 @@ def evaluate_tasks(
 
     Returns:
         Rows `{"task", "domain", "side", "n", "accuracy", "stderr"}`; `stderr` is the standard error.
-        A task whose documents have the fields `side` and `domain` gives a row per domain, and one per side
-        with domain `"all"`; any other task or group gives one row, with `None` for both. The accuracy is the
-        first of `acc`, `acc_norm` and `exact_match` that the task reports.
+        A task whose documents have the fields `side` and `domain` gives a row per domain; any other task or
+        group gives one row, with `None` for both. The accuracy is the first of `acc`, `acc_norm` and `exact_match` that the task reports.
 
     Raises:
         ValueError: no task is named, a name is unknown, or a task reports no accuracy.
@@ -135,9 +134,9 @@ def _rows(tasks: list[str], results: dict[str, Any]) -> list[dict[str, Any]]:
             metric = key.split(",")[0]
             groups: dict[tuple[str, str], list[float]] = {}
             for sample in docs:
-                for domain in (sample["doc"]["domain"], "all"):
-                    groups.setdefault((sample["doc"]["side"], domain), []).append(float(sample[metric]))
-            for (side, domain), scores in sorted(groups.items(), key=lambda item: _domain_order(*item[0])):
+                doc = sample["doc"]
+                groups.setdefault((doc["side"], doc["domain"]), []).append(float(sample[metric]))
+            for (side, domain), scores in sorted(groups.items()):
                 accuracy = sum(scores) / len(scores)
                 rows.append(_row(name, domain, side, len(scores), accuracy))
         else:
@@ -147,10 +146,6 @@ def _rows(tasks: list[str], results: dict[str, Any]) -> list[dict[str, Any]]:
             )
             rows.append(_row(name, None, None, n, float(reported[name][key])))
     return rows
-
-
-def _domain_order(side: str, domain: str) -> tuple[str, bool, str]:
-    return side, domain == "all", domain
 
 
 def _accuracy_key(name: str, metrics: dict[str, Any]) -> str:
