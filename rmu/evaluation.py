@@ -39,7 +39,8 @@ def evaluate_tasks(
     Returns:
         Rows `{"task", "domain", "side", "n", "accuracy", "stderr"}`; `stderr` is the standard error.
         A task whose documents have the fields `side` and `domain` gives a row per domain; any other task or
-        group gives one row, with `None` for both. The accuracy is the first of `acc`, `acc_norm` and `exact_match` that the task reports.
+        group gives one row, with `None` for both. The accuracy is the first of `acc`, `acc_norm` and
+        `exact_match` that the task reports.
 
     Raises:
         ValueError: no task is named, a name is unknown, or a task reports no accuracy.
