@@ -173,7 +173,16 @@ def term_row(
         tl.store(metrics_ptr + 2 * programs + program, tl.where(counted, coefficient, 0.0))
 
 
-@triton.jit(do_not_specialize=["forget_rows", "forget_length", "retain_length", "forget_segments", "retain_segments", "seed"])
+@triton.jit(
+    do_not_specialize=[
+        "forget_rows",
+        "forget_length",
+        "retain_length",
+        "forget_segments",
+        "retain_segments",
+        "seed",
+    ]
+)
 def rows_kernel(
     forget,
     retain,
@@ -258,7 +267,17 @@ def count_segment(mask_ptr, strides, rows, length, segment, segment_length, BLOC
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["forget_rows", "forget_length", "forget_segments", "forget_segment_length", "retain_rows", "retain_length", "retain_segment_length"])
+@triton.jit(
+    do_not_specialize=[
+        "forget_rows",
+        "forget_length",
+        "forget_segments",
+        "forget_segment_length",
+        "retain_rows",
+        "retain_length",
+        "retain_segment_length",
+    ]
+)
 def count_kernel(
     forget_mask_ptr,
     forget_strides,
@@ -280,7 +299,13 @@ def count_kernel(
     if program < forget_segments:
         if forget_mask_ptr is not None:
             count = count_segment(
-                forget_mask_ptr, forget_strides, forget_rows, forget_length, program, forget_segment_length, BLOCK
+                forget_mask_ptr,
+                forget_strides,
+                forget_rows,
+                forget_length,
+                program,
+                forget_segment_length,
+                BLOCK,
             )
     else:
         if retain_mask_ptr is not None:
@@ -329,10 +354,12 @@ def finish_kernel(
     if metrics_ptr is not None:
         forget_count = forget_rows
         retain_count = retain_rows
-        if forget_segments > 0:
-            forget_count = count_segments(counts_ptr, 0, forget_segments, False)
-        if retain_segments > 0:
-            retain_count = count_segments(counts_ptr, forget_segments, forget_segments + retain_segments, False)
+        if counts_ptr is not None:
+            if forget_segments > 0:
+                forget_count = count_segments(counts_ptr, 0, forget_segments, False)
+            if retain_segments > 0:
+                last_segment = forget_segments + retain_segments
+                retain_count = count_segments(counts_ptr, forget_segments, last_segment, False)
         forget_count = tl.maximum(forget_count, 1).to(tl.float32)
         retain_count = tl.maximum(retain_count, 1).to(tl.float32)
         for i in tl.static_range(3):
@@ -385,7 +412,9 @@ def rescale_kernel(
 def norm_kernel(hidden_ptr, strides, length, norms_ptr, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
     """||h|| of one token a program."""
     row = tl.program_id(0)
-    hidden_row = hidden_ptr + (row // length).to(tl.int64) * strides[0] + (row % length).to(tl.int64) * strides[1]
+    hidden_row = (
+        hidden_ptr + (row // length).to(tl.int64) * strides[0] + (row % length).to(tl.int64) * strides[1]
+    )
     squares = 0.0
     for start in range(0, FEATURES, BLOCK):
         columns = (start + tl.arange(0, BLOCK)).to(tl.int64)

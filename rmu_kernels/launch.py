@@ -1,28 +1,24 @@
 """Launches of the Triton kernels on the terms of a loss. No call here waits for the GPU."""
 
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rmu_kernels import kernels
-from rmu_kernels.backend import INTERPRETED
-from rmu_kernels.reference import Term
+from rmu_kernels.reference import Rows, Term, Wanted
 
-LARGEST_BLOCK = 16384  # columns that the registers of 16 warps hold; longer rows are taken in pieces of LOOP_BLOCK
+LARGEST_BLOCK = (
+    16384  # columns that the registers of 16 warps hold; longer rows are taken in pieces of LOOP_BLOCK
+)
 LOOP_BLOCK = 8192
 COUNT_SEGMENT = 4096  # tokens counted by one program
 REDUCE_BLOCK = 4096
 
 
-class Rows(NamedTuple):
-    """loss: 0-d, or one value per token for "none". parts: forget and retain loss, then the metrics; None for "none"."""
-
-    loss: Tensor | None
-    parts: Tensor | None
-    forget_gradient: Tensor | None
-    retain_gradient: Tensor | None
+def run(kernel, programs: int, *arguments, **options) -> None:
+    """Every launch passes here, so that `rmu_kernels.aot` compiles what is launched and nothing else."""
+    kernel[(programs,)](*arguments, **options)
 
 
 def next_power_of_2(number: int) -> int:
@@ -61,7 +57,9 @@ def row_arguments(
         frozen, frozen_strides = row_view(term.frozen, 1)
     direction_strides = (0, 0)
     if term.direction is not None:
-        direction_strides = term.direction.stride() if term.direction.ndim == 2 else (0, term.direction.stride(0))
+        direction_strides = (
+            term.direction.stride() if term.direction.ndim == 2 else (0, term.direction.stride(0))
+        )
     pointer, pointer_strides, coefficient = None, (0, 0), 0.0
     if isinstance(term.coefficient, Tensor):
         pointer = term.coefficient
@@ -133,7 +131,9 @@ def count_tokens(forget: Term, retain: Term | None, reduction: str) -> tuple[Ten
     counts = torch.empty(total, dtype=torch.int32, device=forget.hidden.device)
     forget_mask, forget_strides = (None, (0, 0)) if not forget_segments else row_view(forget.mask, 0)
     retain_mask, retain_strides = (None, (0, 0)) if not retain_segments else row_view(retain.mask, 0)
-    kernels.count_kernel[(total,)](
+    run(
+        kernels.count_kernel,
+        total,
         forget_mask,
         forget_strides,
         row_count(forget.hidden),
@@ -157,10 +157,7 @@ def launch_rows(
     retain: Term | None,
     alpha: float,
     reduction: str,
-    metrics: bool,
-    want_loss: bool,
-    forget_wants_gradient: bool,
-    retain_wants_gradient: bool,
+    wanted: Wanted,
     grad_output: Tensor | None = None,
 ) -> Rows:
     """The loss forget + alpha * retain and, where wanted, its gradients times grad_output (1 when None)."""
@@ -170,21 +167,21 @@ def launch_rows(
     retain_rows = 0 if retain is None else row_count(retain.hidden)
     rows = forget_rows + retain_rows
 
-    def gradient_of(term: Term | None, wanted: bool) -> Tensor | None:
-        return torch.empty(term.hidden.shape, dtype=term.hidden.dtype, device=device) if wanted else None
+    def gradient_of(term: Term | None, is_wanted: bool) -> Tensor | None:
+        return torch.empty(term.hidden.shape, dtype=term.hidden.dtype, device=device) if is_wanted else None
 
-    forget_gradient = gradient_of(forget, forget_wants_gradient)
-    retain_gradient = gradient_of(retain, retain_wants_gradient)
-    values = torch.empty(rows, dtype=torch.float32, device=device) if want_loss else None
-    means = torch.empty(3 * rows, dtype=torch.float32, device=device) if metrics else None
-    seed = forget.seed if forget.seed is not None or retain is None else retain.seed
+    forget_gradient = gradient_of(forget, wanted.forget_gradient)
+    retain_gradient = gradient_of(retain, wanted.retain_gradient)
+    values = torch.empty(rows, dtype=torch.float32, device=device) if wanted.loss else None
+    measured = torch.empty(3 * rows, dtype=torch.float32, device=device) if wanted.metrics else None
+    seed = forget.seed
     grad_output_strides = (0, 0)
     if grad_output is not None and grad_output.ndim:
         grad_output, grad_output_strides = row_view(grad_output, 0)
 
     with on_device(hidden):
         counts, forget_segments, retain_segments = None, 0, 0
-        if metrics or reduction in ("mean", "sequence_mean"):
+        if wanted.metrics or reduction in ("mean", "sequence_mean"):
             counts, forget_segments, retain_segments = count_tokens(forget, retain, reduction)
         if rows:
             weight = constant_weight(forget_rows, features, reduction)
@@ -194,7 +191,9 @@ def launch_rows(
                 retain_arguments = row_arguments(retain, retain_gradient, retain_weight, float(alpha))
                 retain_flags = term_flags(retain)
             block, warps = block_and_warps(features)
-            kernels.rows_kernel[(rows,)](
+            run(
+                kernels.rows_kernel,
+                rows,
                 row_arguments(forget, forget_gradient, weight, 1.0),
                 retain_arguments,
                 forget_rows,
@@ -208,7 +207,7 @@ def launch_rows(
                 seed if isinstance(seed, Tensor) else None,
                 0 if seed is None or isinstance(seed, Tensor) else seed,
                 values,
-                means,
+                measured,
                 FORGET_FLAGS=term_flags(forget),
                 RETAIN_FLAGS=retain_flags,
                 COUNTING=reduction if counts is not None else "",
@@ -216,15 +215,17 @@ def launch_rows(
                 BLOCK=block,
                 num_warps=warps,
             )
-        if not want_loss:
+        if not wanted.loss:
             return Rows(None, None, forget_gradient, retain_gradient)
         if reduction == "none":
-            return Rows(values.view(hidden.shape[:-1]), None, forget_gradient, None)
+            return Rows(values.view(hidden.shape[:-1]), None, forget_gradient)
         loss = torch.empty((), dtype=torch.float32, device=device)
-        parts = torch.empty(7, dtype=torch.float32, device=device)
-        kernels.finish_kernel[(1,)](
+        parts = torch.empty(7 if wanted.metrics else 2, dtype=torch.float32, device=device)
+        run(
+            kernels.finish_kernel,
+            1,
             values,
-            means,
+            measured,
             forget_rows,
             retain_rows,
             counts,
@@ -239,7 +240,9 @@ def launch_rows(
     return Rows(loss, parts, forget_gradient, retain_gradient)
 
 
-def launch_rescale(forget_gradient: Tensor | None, retain_gradient: Tensor | None, grad_output: Tensor) -> None:
+def launch_rescale(
+    forget_gradient: Tensor | None, retain_gradient: Tensor | None, grad_output: Tensor
+) -> None:
     """Multiply the gradients by grad_output in place; where it is 1 they are neither read nor written."""
     some = forget_gradient if forget_gradient is not None else retain_gradient
     forget_rows = 0 if forget_gradient is None else row_count(forget_gradient)
@@ -251,7 +254,9 @@ def launch_rescale(forget_gradient: Tensor | None, retain_gradient: Tensor | Non
         grad_output, strides = row_view(grad_output, 0)
     block, warps = block_and_warps(some.shape[-1])
     with on_device(some):
-        kernels.rescale_kernel[(rows,)](
+        run(
+            kernels.rescale_kernel,
+            rows,
             forget_gradient,
             retain_gradient,
             forget_rows,
@@ -272,7 +277,9 @@ def launch_token_norm(hidden: Tensor) -> Tensor:
         view, strides = row_view(hidden, 1)
         block, warps = block_and_warps(hidden.shape[-1])
         with on_device(hidden):
-            kernels.norm_kernel[(rows,)](
+            run(
+                kernels.norm_kernel,
+                rows,
                 view,
                 strides,
                 row_length(hidden),
