@@ -3,11 +3,12 @@
 Eager calls launch the kernels directly. Compilers, exporters and tensor subclasses see operators instead.
 """
 
+import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from rmu_kernels import reference
@@ -150,11 +151,33 @@ def needs_operator(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter)
 
 
+def check_no_transform(forget: Term, retain: Term | None) -> None:
+    for tensor in flatten(forget, retain)[0]:
+        if tensor is None:
+            continue
+        try:
+            tensor.data_ptr()
+            transformed = forward_ad.unpack_dual(tensor).tangent is not None
+        except RuntimeError:  # the wrapped tensors of torch.func have no storage
+            transformed = True
+        if transformed:
+            raise RuntimeError(
+                "the fused RMU loss does not run under torch.func or forward AD; use backend='torch'"
+            )
+
+
+def import_sharding() -> None:
+    """The rules of DTensor, where it is in use: importing it takes a second."""
+    if not torch.compiler.is_compiling() and "torch.distributed.tensor" in sys.modules:
+        from rmu_kernels import sharding  # noqa: F401
+
+
 def compute(
     forget: Term, retain: Term | None, alpha: float, reduction: str, wanted: Wanted, grad_output=None
 ) -> Rows:
     if not needs_operator(forget.hidden):
         return run_rows(forget, retain, alpha, reduction, wanted, grad_output)
+    import_sharding()
     tensors, numbers = flatten(forget, retain)
     results = rows_operator(*tensors, *numbers, *wanted, alpha, reduction, grad_output)
     loss, parts, forget_gradient, retain_gradient = results
@@ -191,8 +214,11 @@ class FusedLoss(torch.autograd.Function):
         return rows.loss, rows.parts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output, _):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the fused RMU loss has no second derivative (create_graph=True); use backend='torch' for one"
+            )
         if ctx.recompute:
             terms = unflatten(list(ctx.saved_tensors), ctx.numbers)
             gradients = compute(*terms, *ctx.settings, grad_output)[2:]
@@ -224,6 +250,8 @@ def fused_loss(
     metrics: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, and its parts as in `reference.rmu_loss`. Without a gradient to pass on none is computed."""
+    if not needs_operator(forget.hidden):
+        check_no_transform(forget, retain)
     retain_hidden = None if retain is None else retain.hidden
     wants_gradient = forget.hidden.requires_grad or (retain is not None and retain_hidden.requires_grad)
     if torch.is_grad_enabled() and wants_gradient:
@@ -234,6 +262,7 @@ def fused_loss(
 
 def token_norm(hidden: Tensor) -> Tensor:
     if needs_operator(hidden):
+        import_sharding()
         return token_norm_operator(hidden)
     from rmu_kernels.launch import launch_token_norm
 
