@@ -14,19 +14,26 @@ SEGMENTS_AT_ONCE = tl.constexpr(128)
 
 
 class RowArguments(NamedTuple):
-    """What a launch knows about one term. Strides are in elements, over (sequence, token, feature)."""
+    """What a launch knows about one term; strides, in elements, after their pointer."""
 
     hidden_ptr: object
-    hidden_strides: tuple[int, int, int]
+    hidden_sequence: int
+    hidden_token: int
+    hidden_feature: int
     frozen_ptr: object
-    frozen_strides: tuple[int, int, int]
+    frozen_sequence: int
+    frozen_token: int
+    frozen_feature: int
     direction_ptr: object
-    direction_strides: tuple[int, int]  # (sequence, feature)
+    direction_sequence: int
+    direction_feature: int
     coefficient_ptr: object
-    coefficient_strides: tuple[int, int]
+    coefficient_sequence: int
+    coefficient_token: int
     coefficient: float  # a_t, or the factor of ||h0_t||, where coefficient_ptr is None
     mask_ptr: object
-    mask_strides: tuple[int, int]
+    mask_sequence: int
+    mask_token: int
     gradient_ptr: object  # contiguous
     gradient_scale: float
     weight: float  # of every token, where the reduction needs no counting
@@ -79,14 +86,14 @@ def term_row(
 ):
     sequence = (row // length).to(tl.int64)
     token = (row % length).to(tl.int64)
-    hidden_row = term.hidden_ptr + sequence * term.hidden_strides[0] + token * term.hidden_strides[1]
+    hidden_row = term.hidden_ptr + sequence * term.hidden_sequence + token * term.hidden_token
     if term.frozen_ptr is not None:
-        frozen_row = term.frozen_ptr + sequence * term.frozen_strides[0] + token * term.frozen_strides[1]
+        frozen_row = term.frozen_ptr + sequence * term.frozen_sequence + token * term.frozen_token
     # A masked row loads no column, so that no NaN in it can spread.
     counted = True
     readable = FEATURES
     if term.mask_ptr is not None:
-        mask_offset = sequence * term.mask_strides[0] + token * term.mask_strides[1]
+        mask_offset = sequence * term.mask_sequence + token * term.mask_token
         counted = tl.load(term.mask_ptr + mask_offset) != 0
         readable = tl.where(counted, FEATURES, 0)
 
@@ -95,7 +102,7 @@ def term_row(
         for start in range(0, FEATURES, BLOCK):
             columns = (start + tl.arange(0, BLOCK)).to(tl.int64)
             keep = columns < readable
-            frozen = tl.load(frozen_row + columns * term.frozen_strides[2], mask=keep, other=0.0)
+            frozen = tl.load(frozen_row + columns * term.frozen_feature, mask=keep, other=0.0)
             frozen = frozen.to(tl.float32)
             squared_norm += tl.sum(frozen * frozen, 0)
 
@@ -103,7 +110,7 @@ def term_row(
     if FLAGS.adaptive:
         coefficient *= tl.sqrt(squared_norm)
     if term.coefficient_ptr is not None:
-        offset = sequence * term.coefficient_strides[0] + token * term.coefficient_strides[1]
+        offset = sequence * term.coefficient_sequence + token * term.coefficient_token
         coefficient = tl.load(term.coefficient_ptr + offset, mask=counted, other=0.0).to(tl.float32)
 
     weight = tl.cast(term.weight, tl.float32)
@@ -130,15 +137,15 @@ def term_row(
     for start in range(0, FEATURES, BLOCK):
         columns = (start + tl.arange(0, BLOCK)).to(tl.int64)
         keep = columns < readable
-        hidden = tl.load(hidden_row + columns * term.hidden_strides[2], mask=keep, other=0.0)
+        hidden = tl.load(hidden_row + columns * term.hidden_feature, mask=keep, other=0.0)
         hidden = hidden.to(tl.float32)
         target = tl.zeros([BLOCK], tl.float32)
         if term.direction_ptr is not None:
-            offset = sequence * term.direction_strides[0] + columns * term.direction_strides[1]
+            offset = sequence * term.direction_sequence + columns * term.direction_feature
             direction = tl.load(term.direction_ptr + offset, mask=keep, other=0.0)
             target += coefficient * direction.to(tl.float32)
         if FLAGS.keep_frozen:
-            frozen = tl.load(frozen_row + columns * term.frozen_strides[2], mask=keep, other=0.0)
+            frozen = tl.load(frozen_row + columns * term.frozen_feature, mask=keep, other=0.0)
             target += frozen.to(tl.float32)
         difference = hidden - target
         if FLAGS.noisy:
@@ -230,7 +237,7 @@ def rows_kernel(
             BLOCK,
         )
     else:
-        if retain is not None:
+        if RETAIN_FLAGS is not None:
             term_row(
                 retain,
                 program - forget_rows,

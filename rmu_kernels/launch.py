@@ -52,38 +52,34 @@ def row_arguments(
     term: Term, gradient: Tensor | None, weight: float, gradient_scale: float
 ) -> kernels.RowArguments:
     hidden, hidden_strides = row_view(term.hidden, 1)
-    frozen, frozen_strides = None, (0, 0, 0)
-    if term.frozen is not None:
-        frozen, frozen_strides = row_view(term.frozen, 1)
+    frozen, frozen_strides = (None, (0, 0, 0)) if term.frozen is None else row_view(term.frozen, 1)
+    mask, mask_strides = (None, (0, 0)) if term.mask is None else row_view(term.mask, 0)
     direction_strides = (0, 0)
     if term.direction is not None:
-        direction_strides = (
-            term.direction.stride() if term.direction.ndim == 2 else (0, term.direction.stride(0))
-        )
+        direction_strides = term.direction.stride()
+        if len(direction_strides) == 1:
+            direction_strides = (0, *direction_strides)
     pointer, pointer_strides, coefficient = None, (0, 0), 0.0
     if isinstance(term.coefficient, Tensor):
         pointer = term.coefficient
         if pointer.ndim == term.hidden.ndim - 1:
             pointer, pointer_strides = row_view(pointer, 0)
         elif pointer.ndim == 1:
-            pointer_strides = (pointer.stride(0), 0)
+            pointer_strides = (*pointer.stride(), 0)
     elif term.direction is not None:
         coefficient = float(term.coefficient if term.scale is None else term.scale)
-    mask, mask_strides = None, (0, 0)
-    if term.mask is not None:
-        mask, mask_strides = row_view(term.mask, 0)
     return kernels.RowArguments(
         hidden,
-        hidden_strides,
+        *hidden_strides,
         frozen,
-        frozen_strides,
+        *frozen_strides,
         term.direction,
-        direction_strides,
+        *direction_strides,
         pointer,
-        pointer_strides,
+        *pointer_strides,
         coefficient,
         mask,
-        mask_strides,
+        *mask_strides,
         gradient,
         gradient_scale,
         weight,

@@ -151,19 +151,16 @@ def needs_operator(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter)
 
 
-def check_no_transform(forget: Term, retain: Term | None) -> None:
-    for tensor in flatten(forget, retain)[0]:
-        if tensor is None:
-            continue
-        try:
-            tensor.data_ptr()
-            transformed = forward_ad.unpack_dual(tensor).tangent is not None
-        except RuntimeError:  # the wrapped tensors of torch.func have no storage
-            transformed = True
-        if transformed:
-            raise RuntimeError(
-                "the fused RMU loss does not run under torch.func or forward AD; use backend='torch'"
-            )
+def check_no_transform(*tensors: Tensor | None) -> None:
+    try:
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.data_ptr()  # the wrapped tensors of torch.func have none
+                if forward_ad.unpack_dual(tensor).tangent is not None:
+                    raise RuntimeError
+    except RuntimeError as error:
+        message = "the fused RMU loss does not run under torch.func or forward AD; use backend='torch'"
+        raise RuntimeError(message) from error
 
 
 def import_sharding() -> None:
@@ -251,7 +248,10 @@ def fused_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, and its parts as in `reference.rmu_loss`. Without a gradient to pass on none is computed."""
     if not needs_operator(forget.hidden):
-        check_no_transform(forget, retain)
+        coefficient = forget.coefficient if isinstance(forget.coefficient, Tensor) else None
+        check_no_transform(forget.hidden, forget.frozen, forget.direction, coefficient, forget.mask)
+        if retain is not None:
+            check_no_transform(retain.hidden, retain.frozen, retain.mask)
     retain_hidden = None if retain is None else retain.hidden
     wants_gradient = forget.hidden.requires_grad or (retain is not None and retain_hidden.requires_grad)
     if torch.is_grad_enabled() and wants_gradient:
