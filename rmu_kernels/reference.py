@@ -70,10 +70,26 @@ def token_norm(hidden: Tensor) -> Tensor:
     return torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 
-def gaussian_noise(like: Tensor, seed: Tensor | int, stream: int) -> Tensor:
-    """Standard normal values shaped as `like`: the same for the same seed on the same device."""
-    generator = torch.Generator(device=like.device).manual_seed((2 * int(seed) + stream) % 2**64)
+@torch.library.custom_op(
+    "rmu_kernels::gaussian_noise",
+    mutates_args=(),
+    schema="(Tensor like, SymInt seed, Tensor? seed_tensor, int stream) -> Tensor",
+)
+def gaussian_noise(like, seed, seed_tensor, stream):
+    """Standard normal values shaped as `like`, the same for the same seed on the same device.
+
+    An operator because compilers cannot trace a generator.
+    """
+    seed = seed if seed_tensor is None else int(seed_tensor)
+    # The CPU's generator keeps 32 bits of a seed: these depend on all of it (Fibonacci hashing).
+    mixed = (2 * seed + stream) * 0x9E3779B97F4A7C15 % 2**64 >> 32
+    generator = torch.Generator(device=like.device).manual_seed(mixed)
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+@gaussian_noise.register_fake
+def _(like, seed, seed_tensor, stream):
+    return like.new_empty(like.shape)
 
 
 def token_values(term: Term) -> TokenValues:
@@ -108,7 +124,9 @@ def token_values(term: Term) -> TokenValues:
         target = target + frozen
     difference = hidden - target
     if term.noise:
-        difference = difference - masked(term.noise * gaussian_noise(hidden, term.seed, term.stream))
+        seeds = (0, term.seed) if isinstance(term.seed, Tensor) else (term.seed, None)
+        noise = gaussian_noise(hidden.detach(), *seeds, term.stream)
+        difference = difference - masked(term.noise * noise)
     divisor = squared_norm.clamp(min=SMALLEST_SQUARED_NORM) if term.relative else 1.0
     return TokenValues(hidden, target, difference, coefficient, divisor)
 
@@ -144,7 +162,7 @@ def term_gradient(term: Term, reduction: str, grad_output: Tensor | float = 1.0)
     weights = 2.0 * grad_output * token_weights(term, reduction) / values.divisor
     if isinstance(weights, Tensor):
         weights = weights[..., None]
-    return (weights * values.difference).to(term.hidden.dtype)
+    return (weights * values.difference).to(term.hidden.dtype).contiguous()
 
 
 def mean_over_counted(values: Tensor, mask: Tensor | None) -> Tensor:
