@@ -1,14 +1,15 @@
 """Compile the kernels for a named GPU on a machine without one, and read what the compiler made of them.
 
-`python -m rmu_kernels.aot` prints registers, spills and access widths for every target.
+`python -m rmu_kernels.aot` prints a table of registers, spills and access widths.
 """
 
+import argparse
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -20,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rmu_kernels import launch
-from rmu_kernels.reference import Term
+from rmu_kernels.reference import Term, Wanted
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100)},
@@ -89,37 +90,118 @@ def compile_launch(call: Launch, target: GPUTarget):
     return triton.compile(source, target=target, options={"num_warps": call.options["num_warps"]})
 
 
-@dataclass
-class Resources:
-    """registers: of a thread. spilled: bytes of local memory of a thread. accesses: global loads and stores, such as
-    {"load 128": 2, "store 128": 1}, widths in bits (NVIDIA only)."""
+class Resources(NamedTuple):
+    """registers: of a thread. spilled: bytes of local memory of a thread. accesses, for NVIDIA only: global loads and
+    stores of a thread by their width in bits, such as {"load 128": 2, "store 128": 1}.
+    """
 
     registers: int
     spilled: int
     accesses: Counter
 
 
-def tool(name: str, *arguments: str, binary: bytes) -> str:
+def disassemble(tool: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+        file.write(cubin)
         file.flush()
-        command = [str(NVIDIA_TOOLS / name), *arguments, file.name]
+        command = [str(NVIDIA_TOOLS / tool), option, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def resources(compiled) -> Resources:
     if "cubin" not in compiled.asm:
         text = compiled.asm["amdgcn"]
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        return Resources(
-            registers, int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]), Counter()
+        registers, spilled = (
+            int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+            for name in ("vgpr_count", "private_segment_fixed_size")
         )
-    usage = tool("cuobjdump", "--dump-resource-usage", binary=compiled.asm["cubin"])
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        return Resources(registers, spilled, Counter())
+    usage = disassemble("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
+    assembly = disassemble("nvdisasm", "-c", compiled.asm["cubin"])
     accesses = Counter()
-    for operation, modifiers in re.findall(
-        r"\b(LDG|STG)((?:\.\w+)*)", tool("nvdisasm", "-c", binary=compiled.asm["cubin"])
-    ):
-        width = re.search(r"\.(?:[US])?(128|64|16|8)\b", modifiers)
+    for operation, modifiers in re.findall(r"\b(LDG|STG)((?:\.\w+)*)", assembly):
+        width = re.search(r"\.[US]?(128|64|16|8)\b", modifiers)
         accesses[f"{'load' if operation == 'LDG' else 'store'} {width[1] if width else 32}"] += 1
-    return Resources(registers, stack, accesses)
+    return Resources(registers, stack + local, accesses)
+
+
+def launches_of(variant: str, features: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """What a step of this variant launches, forward and backward."""
+
+    def hidden(tokens):
+        return torch.empty(2, tokens, features, dtype=dtype)
+
+    def mask(tokens):
+        return torch.empty(2, tokens, dtype=torch.int64) if "masked" in variant else None
+
+    direction = torch.empty(features)
+    relative, noise = "relative" in variant, 0.5 if "noise" in variant else 0.0
+    if "vector" in variant:
+        forget = Term(hidden(3), hidden(3), mask=mask(3), keep_frozen=True, noise=noise, seed=3)
+    elif "adaptive" in variant:
+        forget = Term(hidden(3), hidden(3), direction, scale=5.0, mask=mask(3), relative=relative, seed=3)
+    else:
+        coefficient = torch.empty(2, 3) if "cached" in variant else 6.5
+        forget = Term(hidden(3), None, direction, coefficient, mask=mask(3), seed=3)
+    retain = Term(
+        hidden(4), hidden(4), mask=mask(4), keep_frozen=True, relative=relative, noise=noise, seed=3, stream=1
+    )
+    gradients = "forward only" not in variant
+    reduction = "sequence_mean" if "sequence" in variant else "mean"
+    with recorded_launches() as launches:
+        wanted = Wanted(True, "metrics" in variant, gradients, gradients)
+        rows = launch.launch_rows(forget, retain, 2.0, reduction, wanted)
+        grad_output = torch.empty(())
+        if gradients:
+            launch.launch_rescale(rows.forget_gradient, rows.retain_gradient, grad_output)
+            launch.launch_rows(forget, retain, 2.0, reduction, Wanted(False, False, True, True), grad_output)
+        launch.launch_token_norm(retain.hidden)
+    return launches
+
+
+VARIANTS = (
+    "fixed",
+    "fixed, masked, metrics",
+    "cached",
+    "adaptive",
+    "adaptive, forward only",
+    "adaptive, masked, metrics",
+    "adaptive, masked, sequence, relative, noise, metrics",
+    "vector, noise",
+)
+FEATURES = (576, 2048, 4096, 5120, 8192, 16384, 32768)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--features", nargs="+", type=int, default=[4096, 16384])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    options = parser.parse_args()
+    print(
+        f"{'kernel':15} {'variant':52} {'D':>5} {'warps':>5} {'target':7} {'registers':>9} {'spilled':>7} accesses"
+    )
+    spilled, seen = 0, set()
+    for variant in options.variants:
+        for features in options.features:
+            for call in launches_of(variant, features):
+                for target in options.targets:
+                    compiled = compile_launch(call, TARGETS[target])
+                    if compiled.hash in seen:
+                        continue
+                    seen.add(compiled.hash)
+                    use = resources(compiled)
+                    spilled += use.spilled if features <= launch.LARGEST_BLOCK and target != "gfx942" else 0
+                    accesses = ", ".join(f"{n} x {width}" for width, n in sorted(use.accesses.items()))
+                    print(
+                        f"{call.kernel.__name__:15} {variant:52} {features:5} {call.options['num_warps']:5} "
+                        f"{target:7} {use.registers:9} {use.spilled:7} {accesses}",
+                        flush=True,
+                    )
+    print(f"{len(seen)} kernels compiled with triton {triton.__version__}")
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -130,6 +130,8 @@ def term_row(
         offset = sequence * grad_output_strides[0] + token * grad_output_strides[1]
         gradient_weight *= tl.load(grad_output_ptr + offset).to(tl.float32)
 
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     error = 0.0
     hidden_squares = 0.0
     target_squares = 0.0
@@ -141,16 +143,14 @@ def term_row(
         hidden = hidden.to(tl.float32)
         target = tl.zeros([BLOCK], tl.float32)
         if term.direction_ptr is not None:
-            offset = sequence * term.direction_sequence + columns * term.direction_feature
-            direction = tl.load(term.direction_ptr + offset, mask=keep, other=0.0)
+            direction_row = term.direction_ptr + sequence * term.direction_sequence
+            direction = tl.load(direction_row + columns * term.direction_feature, mask=keep, other=0.0)
             target += coefficient * direction.to(tl.float32)
         if FLAGS.keep_frozen:
             frozen = tl.load(frozen_row + columns * term.frozen_feature, mask=keep, other=0.0)
             target += frozen.to(tl.float32)
         difference = hidden - target
         if FLAGS.noisy:
-            if seed_ptr is not None:
-                seed = tl.load(seed_ptr)
             # Counters are 32 bits wide in every Triton version; a row or a column has no more.
             column = columns.to(tl.uint32)
             zero = column * 0
