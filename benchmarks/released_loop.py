@@ -1,9 +1,10 @@
 """The released RMU and Adaptive RMU loops, re-stated plainly: the baseline of the parity tests and of the benchmarks.
 
-RMU: Li et al. 2024, arXiv 2403.03218; Adaptive RMU: Dang et al. 2024, arXiv 2408.06223. Both are one loop with one line of difference.
-What it does is what their code does, costs included: two whole models, every forward at full depth, gradients for every tensor below
-the hooked layer, tensors chosen by position, losses in the model's dtype over every row (pad and BOS rows too). Only their errors are
-left out: inputs go to the model's device, more than two topics work, and a corpus that is too short is refused at the start.
+RMU: Li et al. 2024, arXiv 2403.03218; Adaptive RMU: Dang et al. 2024, arXiv 2408.06223. Both are one loop with one line of
+difference. What it does is what their code does, costs included: two whole models, every forward at full depth, gradients for
+every tensor below the hooked layer, tensors chosen by position, losses in the model's dtype over every row (pad and BOS rows
+too). Only their errors are left out: inputs go to the model's device, more than two topics work, and a corpus that is too short
+is refused at the start.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 @dataclass
 class LoopSettings:
-    """Defaults are the released command lines'. Sequences hold a value a topic; ``forget_lengths`` its last for all further ones."""
+    """Defaults are the released command lines'. Sequences hold a value a topic; ``forget_lengths`` goes on with its last."""
 
     method: str = "rmu"
     layer: int = 7
