@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
 CHOICES = ("none", "released")
 METHODS = ("rmu", "adaptive")
 
@@ -53,3 +56,20 @@ def resolve(method: str, given: dict[str, Any], defaults: dict[str, Any]) -> dic
 def forget_lengths(topics: int) -> list[int]:
     """Maximum tokens of a forget text: 512 for the first topic, 768 for every further one."""
     return [512] + [768] * (topics - 1)
+
+
+def low_precision_coefficient(hidden: Tensor, scale: float) -> Tensor:
+    """Adaptive RMU's first-batch coefficient of ``[B, T, D]`` states with every norm and mean in the states' dtype, as fp32."""
+    return hidden.detach().norm(dim=-1).mean(dim=1).mean(dim=0).float() * scale
+
+
+def low_precision_loss(
+    forget: Tensor, retain: Tensor, frozen_retain: Tensor, direction: Tensor, coefficient: float, alpha: float
+) -> Tensor:
+    """The loss of a step in the states' own dtype.
+
+    In fp32 ``rmu_kernels.rmu_loss`` gives the same. In bf16 the loops round the target, its difference from the states and the
+    losses; Adam's first steps, near lr times the gradient's sign, carry those roundings into the weights in full.
+    """
+    target = direction.to(forget.dtype) * coefficient
+    return mse_loss(forget, target.expand_as(forget)) + mse_loss(retain, frozen_retain) * alpha

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from rmu import compat
 from rmu.checkpoint import local_folder, resolve_names, save_unlearned
 from rmu.coefficient import SteeringCoefficient
 from rmu.config import RMUConfig
@@ -180,14 +181,20 @@ class RMUTrainer(Trainer):
         frozen_forget = self.window.frozen(forget["input_ids"], forget["attention_mask"])
         frozen_retain = self.window.frozen(retain["input_ids"], retain["attention_mask"])
         forget_hidden, retain_hidden = model(frozen_forget, frozen_retain)
+        rounds_as_released = self.args.compat == "released" and forget_hidden.dtype != torch.float32
+        if rounds_as_released and self.args.method == "adaptive" and topic not in self.coefficient.first:
+            self.coefficient.first[topic] = compat.low_precision_coefficient(
+                forget_hidden, self.coefficient.values[topic]
+            )
+        target = self.coefficient.loss_arguments(
+            topic, frozen_forget.hidden, forget_hidden, forget["loss_mask"]
+        )
         output = rmu_loss(
             forget_hidden,
             retain_hidden,
             frozen_retain.hidden,
             None if self.args.method == "rsv" else self.directions[topic],
-            **self.coefficient.loss_arguments(
-                topic, frozen_forget.hidden, forget_hidden, forget["loss_mask"]
-            ),
+            **target,
             alpha=self.alphas[topic],
             relative=self.args.relative,
             retain_noise=self.args.retain_noise,
@@ -201,11 +208,17 @@ class RMUTrainer(Trainer):
             measured |= {f"{name}_{topic}": measured[name] for name in ("forget_loss", "retain_loss")}
         for name, value in measured.items():
             self._measured[name].append(value)
-        return (
-            (output.loss, {"forget": forget_hidden, "retain": retain_hidden})
-            if return_outputs
-            else output.loss
-        )
+        loss = output.loss
+        if rounds_as_released:
+            loss = compat.low_precision_loss(
+                forget_hidden,
+                retain_hidden,
+                frozen_retain.hidden,
+                self.directions[topic],
+                float(target["coefficient"]),
+                self.alphas[topic],
+            )
+        return (loss, {"forget": forget_hidden, "retain": retain_hidden}) if return_outputs else loss
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: RMUConfig, model: nn.Module | None = None) -> tuple[Any, Any]:
