@@ -14,8 +14,8 @@ from rmu.config import RMUConfig, UnlearningArguments
 # TrainingArguments has over a hundred flags; these are the ones that unlearning runs set.
 _COMMON = {
     "output_dir", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed", "data_seed", "logging_steps",
-    "save_strategy", "save_steps", "resume_from_checkpoint", "report_to", "use_cpu",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "adam_epsilon", "seed", "data_seed",
+    "logging_steps", "save_strategy", "save_steps", "resume_from_checkpoint", "report_to", "use_cpu",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The steering coefficient: the constant c of RMU, or Adaptive RMU's beta times natural norms."""
+"""The target of the forget loss: RMU's constant c, Adaptive RMU's beta times natural norms, or a random steering vector."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ from torch import Tensor
 
 from rmu_kernels import adaptive_coefficient
 
-SCOPES = ("token", "batch", "first_batch")
+METHODS = ("rmu", "adaptive", "rsv")
+SCOPES = ("token", "sequence", "batch", "first_batch")
 STATISTICS = ("mean", "median")
 
 
 class SteeringCoefficient:
-    """The length of the target of each topic's hidden states.
+    """The target of each topic's hidden states.
 
     ``rmu`` (Li et al. 2024, arXiv 2403.03218): the constant c.
     ``adaptive`` (Dang et al. 2024, arXiv 2408.06223): beta ||h||, where ||h|| is
 
     * scope ``token``: each token's norm in the frozen model, the paper's formula read literally;
-    * scope ``batch``: the mean (or median) of those norms over the counted tokens of each batch;
-    * scope ``first_batch``: that of a topic's first batch in the model being trained, kept, as the authors' code has it.
+    * scope ``sequence``, ``batch``: the mean (or median) of those norms over the counted tokens of each sequence or batch;
+    * scope ``first_batch``: that of a topic's first batch in the model being trained, kept, as the authors' code has it. It
+      takes the mean over sequences of each one's mean, which is the same where all rows count.
+
+    ``rsv``, the random steering vector (arXiv 2501.19202): the frozen state plus Gaussian noise of standard deviation c, new in
+    each step, in place of a direction.
 
     Args:
-        method: ``rmu`` or ``adaptive``.
-        values: c (``rmu``) or beta (``adaptive``) of each topic.
+        method: one of ``METHODS``.
+        values: c (``rmu``, ``rsv``) or beta (``adaptive``) of each topic.
         scope: one of ``SCOPES``.
         statistic: ``mean`` or ``median``; means nothing for scope ``token``.
     """
@@ -47,16 +52,18 @@ class SteeringCoefficient:
         value = self.values[topic]
         if self.method == "rmu":
             return {"coefficient": value}
+        if self.method == "rsv":
+            return {"frozen_forget": frozen, "forget_noise": value}
         if self.scope == "token":
             return {"frozen_forget": frozen, "scale": value}
-        if self.scope == "batch":
-            return {"coefficient": self._over_batch(frozen, value, mask)}
+        if self.scope != "first_batch":
+            return {"coefficient": self._over(self.scope, frozen, value, mask)}
         if topic not in self.first:
-            self.first[topic] = self._over_batch(trained.detach(), value, mask)
+            self.first[topic] = self._over("batch", trained.detach(), value, mask)
         return {"coefficient": self.first[topic]}
 
-    def _over_batch(self, hidden: Tensor, scale: float, mask: Tensor) -> Tensor:
-        return adaptive_coefficient(hidden, scale, mask=mask, scope="batch", statistic=self.statistic)
+    def _over(self, scope: str, hidden: Tensor, scale: float, mask: Tensor) -> Tensor:
+        return adaptive_coefficient(hidden, scale, mask=mask, scope=scope, statistic=self.statistic)
 
     def state(self) -> dict[str, float]:
         """First-batch values by topic, for a checkpoint."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rmu.coefficient import SCOPES, STATISTICS
+from rmu import compat, optimizer
+from rmu.coefficient import METHODS, SCOPES, STATISTICS
 from rmu.directions import DISTRIBUTIONS
 
-METHODS = ("rmu", "adaptive")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -59,14 +59,25 @@ class RMUConfig(TrainingArguments):
         ValueError: a value out of its range, named with its field.
     """
 
-    method: str = _setting("adaptive", f"Forget target: {' or '.join(METHODS)} (Adaptive RMU).")
+    method: str = _setting(
+        "adaptive", "Forget target: rmu, adaptive (Adaptive RMU) or rsv (random steering vector)."
+    )
+    compat: str = _setting(
+        "none", "released: set what the released RMU and Adaptive RMU loops do (they are printed); or none."
+    )
     layer: int = _setting(7, "Hooked layer l, counted from 0; only layers 0..l are loaded.")
-    coefficient: list[float] = _list([6.5], "RMU's c, the length of the target (a value a topic).")
+    coefficient: list[float] = _list(
+        [6.5], "RMU's c, the length of the target, or rsv's noise an entry (a value a topic)."
+    )
     scale: list[float] = _list([5.0], "Adaptive RMU's beta, times the natural norm (a value a topic).")
     alpha: list[float] = _list([1200.0], "Weight of the retain loss (a value a topic).")
     scope: str = _setting("token", f"Whose norm Adaptive RMU takes: {', '.join(SCOPES)}.")
-    statistic: str = _setting(
-        "mean", f"How scopes batch and first_batch sum up norms: {' or '.join(STATISTICS)}."
+    statistic: str = _setting("mean", f"How scopes other than token sum up norms: {' or '.join(STATISTICS)}.")
+    relative: bool = _setting(
+        False, "Divide each token's error by its squared natural norm (adaptive with scope token, or rsv)."
+    )
+    retain_noise: float = _setting(
+        0.0, "RNA's nu: Gaussian noise, new in each step, on the target of the retain loss."
     )
     trained_layers: list[int] | None = field(
         default=None, metadata={"help": "Layers whose tensors train; default l-2 l-1 l.", "nargs": "+"}
@@ -97,6 +108,10 @@ class RMUConfig(TrainingArguments):
         4, "Forget rows, and as many retain rows, of a step on a device."
     )
     learning_rate: float = _setting(5e-5, "Learning rate of AdamW.")
+    optim: str = _setting(
+        TrainingArguments.optim, "Optimizer: adamw_rmu, that of the released loops, or one of transformers'."
+    )
+    adam_epsilon: float | None = _setting(None, "Epsilon of AdamW: default 1e-8, for adamw_rmu 1e-6.")
     lr_scheduler_type: str = _setting("constant", "Learning rate schedule.")
     weight_decay: float = _setting(0.0, "Weight decay of AdamW.")
     max_grad_norm: float = _setting(0.0, "Clip gradients to this norm; 0: never.")
@@ -105,8 +120,24 @@ class RMUConfig(TrainingArguments):
     remove_unused_columns: bool = _setting(False, "Must stay false: batches hold two texts.")
 
     def __post_init__(self) -> None:
+        self._apply_compat()
+        if self.adam_epsilon is None:
+            self.adam_epsilon = optimizer.EPS if self.optim == optimizer.NAME else 1e-8
         self._check()
+        optim = self.optim
+        if optim == optimizer.NAME:
+            self.optim = TrainingArguments.optim  # the base class knows its own names only
         super().__post_init__()
+        if optim == optimizer.NAME:
+            self.optim = optim
+
+    def _apply_compat(self) -> None:
+        if self.compat not in compat.CHOICES:
+            raise ValueError(f"compat: got {self.compat!r}, expected one of {', '.join(compat.CHOICES)}")
+        if self.compat == "released":
+            defaults = {f.name: f.default for f in fields(self)}
+            for name, value in compat.resolve(self.method, vars(self), defaults).items():
+                setattr(self, name, value)
 
     def _check(self) -> None:
         for name in ("coefficient", "scale", "alpha", "forget_max_length"):
@@ -131,6 +162,17 @@ class RMUConfig(TrainingArguments):
         for name, value in [*lengths, ("retain_max_length", self.retain_max_length)]:
             if value < 2:
                 raise ValueError(f"{name}: got {value}, expected at least 2 tokens")
+        if self.method == "rsv" and 0 in self.coefficient:
+            raise ValueError("coefficient: got 0, expected more than 0 for method rsv")
+        if self.relative and not (self.method == "rsv" or (self.method, self.scope) == ("adaptive", "token")):
+            raise ValueError(
+                f"relative: got true with method {self.method} and scope {self.scope}, "
+                "expected method adaptive with scope token, or method rsv"
+            )
+        if not (math.isfinite(self.retain_noise) and self.retain_noise >= 0):
+            raise ValueError(f"retain_noise: got {self.retain_noise}, expected a finite number of at least 0")
+        if self.optim == optimizer.NAME and self.weight_decay:
+            raise ValueError(f"weight_decay: got {self.weight_decay}, but {optimizer.NAME} has none")
         if self.layer < 0:
             raise ValueError(f"layer: got {self.layer}, expected 0 or more")
         if self.max_steps == 0 or self.max_steps < -1:
@@ -149,6 +191,8 @@ class RMUConfig(TrainingArguments):
             ValueError: neither one value nor as many as topics.
         """
         values = getattr(self, name)
+        if self.compat == "released" and name == "forget_max_length" and values == [512]:
+            return compat.forget_lengths(topics)
         if len(values) not in (1, topics):
             raise ValueError(f"{name}: got {len(values)} values for {topics} topics, expected 1 or {topics}")
         return list(values) * (topics if len(values) == 1 else 1)

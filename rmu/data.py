@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ class UnlearningSchedule(torch.utils.data.Dataset):
         topics, retains = len(self.forget), len(self.retain)
         position = step // topics * self.rows + row
         return {
+            "row": j,
             "topic": step % topics,
             "forget": self._text("forget", step % topics, position),
             "retain": self._text("retain", position % retains, position // retains),
@@ -150,10 +152,11 @@ class UnlearningSchedule(torch.utils.data.Dataset):
 
 
 class UnlearningCollator:
-    """Tokenises and pads one micro-batch: ``{"topic": int, "forget": {...}, "retain": {...}}``.
+    """Tokenises and pads one micro-batch: ``{"row": int, "topic": int, "forget": {...}, "retain": {...}}``.
 
-    Each side has ``input_ids``, ``attention_mask`` and ``loss_mask``, all ``[B, T]`` int64; the last is 1 for tokens that
-    count in the losses.
+    ``row`` is that of its first item in the schedule. Each side has ``input_ids``, ``attention_mask`` and ``loss_mask``, all
+    ``[B, T]`` int64; the last is 1 for tokens that count in the losses. Texts are cut on the right, whatever the tokenizer's own
+    side is.
 
     Args:
         tokenizer: a tokenizer; without a pad token it pads with its eos token.
@@ -163,6 +166,7 @@ class UnlearningCollator:
         exclude_sink: the first token of each sequence and every BOS token do not count. Their norm is hundreds of times a typical
             token's (an attention sink), so they would dominate the loss and every mean norm.
         padding_side: ``right`` or ``left``.
+        pad_id: the token to pad with; default: the tokenizer's pad token, else its eos token.
     """
 
     def __init__(
@@ -174,14 +178,17 @@ class UnlearningCollator:
         exclude_padding: bool = True,
         exclude_sink: bool = True,
         padding_side: str = "right",
+        pad_id: int | None = None,
     ) -> None:
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side: got {padding_side!r}, expected left or right")
-        self.tokenizer = tokenizer
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer.truncation_side = "right"
         self.forget_lengths, self.retain_length = list(forget_lengths), retain_length
         self.exclude_padding, self.exclude_sink = exclude_padding, exclude_sink
         self.padding_side = padding_side
-        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        choices = (pad_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+        self.pad_id = next((token for token in choices if token is not None), None)
         if self.pad_id is None:
             raise ValueError(
                 "tokenizer: it has neither a pad nor an eos token, expected one of them to pad with"
@@ -194,6 +201,7 @@ class UnlearningCollator:
                 f"items: got topics {[item['topic'] for item in items]}, expected one topic a batch"
             )
         return {
+            "row": items[0]["row"],
             "topic": topic,
             "forget": self._side([item["forget"] for item in items], self.forget_lengths[topic]),
             "retain": self._side([item["retain"] for item in items], self.retain_length),

@@ -13,11 +13,20 @@ FILE_NAME = "rmu_directions.safetensors"
 DISTRIBUTIONS = ("uniform", "gaussian")
 
 
-def draw_directions(topics: int, hidden_size: int, *, seed: int, distribution: str = "uniform") -> Tensor:
+def draw_directions(
+    topics: int,
+    hidden_size: int,
+    *,
+    seed: int,
+    distribution: str = "uniform",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """``[topics, D]`` fp32 unit vectors from one generator seeded with ``seed``.
 
     ``uniform`` draws entries from [0, 1), as the released RMU code does (Li et al. 2024, arXiv 2403.03218): all entries are
     positive, so two directions have an expected cosine of 0.75. ``gaussian`` directions are nearly orthogonal.
+    ``dtype`` and ``device`` are those of the drawing and of the division by the norm; the released code takes the model's.
 
     Raises:
         ValueError: an unknown distribution.
@@ -26,10 +35,10 @@ def draw_directions(topics: int, hidden_size: int, *, seed: int, distribution: s
         raise ValueError(
             f"direction_distribution: got {distribution!r}, expected one of {', '.join(DISTRIBUTIONS)}"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     draw = torch.rand if distribution == "uniform" else torch.randn
-    rows = [draw(hidden_size, generator=generator) for _ in range(topics)]
-    return torch.stack([row / row.norm() for row in rows])
+    rows = [draw(hidden_size, generator=generator, dtype=dtype, device=device) for _ in range(topics)]
+    return torch.stack([row / row.norm() for row in rows]).float()
 
 
 def directions_to_bytes(directions: Tensor) -> bytes:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 import transformers
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from rmu import compat
 from rmu.checkpoint import local_folder, resolve_names, save_unlearned
 from rmu.coefficient import SteeringCoefficient
 from rmu.config import RMUConfig
@@ -26,6 +28,9 @@ from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer, lo
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
 from rmu.directions import directions_to_bytes, draw_directions, read_directions
 from rmu.model_card import model_card
+from rmu.optimizer import NAME as ADAMW_RMU
+from rmu.optimizer import AdamWRMU
+from rmu.rounding import UpdateRounding
 from rmu.window import LayerWindow
 from rmu_kernels import rmu_loss
 
@@ -65,9 +70,14 @@ class RMUTrainer(Trainer):
     ) -> None:
         topics = len(forget)
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        values = args.per_topic("coefficient" if args.method == "rmu" else "scale", topics)
+        values = args.per_topic("scale" if args.method == "adaptive" else "coefficient", topics)
         self.alphas = args.per_topic("alpha", topics)
-        lengths = args.per_topic("forget_max_length", topics)
+        lengths = args.forget_max_length = args.per_topic("forget_max_length", topics)
+        released = args.compat == "released"
+        if released and len(retain) != 1:
+            raise ValueError(
+                f"retain: got {len(retain)} corpora, but compat released reads one for every topic"
+            )
         schedule = UnlearningSchedule(
             forget,
             retain,
@@ -117,7 +127,11 @@ class RMUTrainer(Trainer):
             self.directions = read_directions(args.directions, topics, self.window.hidden_size)
         else:
             self.directions = draw_directions(
-                topics, self.window.hidden_size, seed=args.seed, distribution=args.direction_distribution
+                topics,
+                self.window.hidden_size,
+                seed=args.seed,
+                distribution=args.direction_distribution,
+                **({"dtype": self.window.model.dtype, "device": args.device} if released else {}),
             )
         self.coefficient = SteeringCoefficient(args.method, values, args.scope, args.statistic)
         self._measured: dict[str, list[Tensor]] = defaultdict(list)
@@ -133,12 +147,17 @@ class RMUTrainer(Trainer):
                 exclude_padding=args.exclude_padding,
                 exclude_sink=args.exclude_sink,
                 padding_side=args.padding_side,
+                pad_id=processing_class.eos_token_id if released else None,
             ),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self.directions = self.directions.to(self.args.device)
+        self.rounding = None
+        if torch.finfo(self.window.model.dtype).bits < 32:
+            self.rounding = UpdateRounding(self.window.trained, self.window.model.dtype)
+            self.add_callback(self.rounding)
         if self.args.device.type == "cpu":
             self.args.dataloader_pin_memory = False
 
@@ -161,15 +180,24 @@ class RMUTrainer(Trainer):
         frozen_forget = self.window.frozen(forget["input_ids"], forget["attention_mask"])
         frozen_retain = self.window.frozen(retain["input_ids"], retain["attention_mask"])
         forget_hidden, retain_hidden = model(frozen_forget, frozen_retain)
+        rounds_as_released = self.args.compat == "released" and forget_hidden.dtype != torch.float32
+        if rounds_as_released and self.args.method == "adaptive" and topic not in self.coefficient.first:
+            self.coefficient.first[topic] = compat.low_precision_coefficient(
+                forget_hidden, self.coefficient.values[topic]
+            )
+        target = self.coefficient.loss_arguments(
+            topic, frozen_forget.hidden, forget_hidden, forget["loss_mask"]
+        )
         output = rmu_loss(
             forget_hidden,
             retain_hidden,
             frozen_retain.hidden,
-            self.directions[topic],
-            **self.coefficient.loss_arguments(
-                topic, frozen_forget.hidden, forget_hidden, forget["loss_mask"]
-            ),
+            None if self.args.method == "rsv" else self.directions[topic],
+            **target,
             alpha=self.alphas[topic],
+            relative=self.args.relative,
+            retain_noise=self.args.retain_noise,
+            seed=noise_seed(self.args.seed, inputs["row"]),
             forget_mask=forget["loss_mask"],
             retain_mask=retain["loss_mask"],
             metrics=True,
@@ -179,11 +207,25 @@ class RMUTrainer(Trainer):
             measured |= {f"{name}_{topic}": measured[name] for name in ("forget_loss", "retain_loss")}
         for name, value in measured.items():
             self._measured[name].append(value)
-        return (
-            (output.loss, {"forget": forget_hidden, "retain": retain_hidden})
-            if return_outputs
-            else output.loss
-        )
+        loss = output.loss
+        if rounds_as_released:
+            loss = compat.low_precision_loss(
+                forget_hidden,
+                retain_hidden,
+                frozen_retain.hidden,
+                self.directions[topic],
+                float(target["coefficient"]),
+                self.alphas[topic],
+            )
+        return (loss, {"forget": forget_hidden, "retain": retain_hidden}) if return_outputs else loss
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: RMUConfig, model: nn.Module | None = None) -> tuple[Any, Any]:
+        """As in ``transformers.Trainer``, which does not know ``adamw_rmu``."""
+        if args.optim != ADAMW_RMU:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        betas = (args.adam_beta1, args.adam_beta2)
+        return AdamWRMU, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the losses, norms and cosines, averaged since the last log; with several topics each topic's losses too."""
@@ -244,6 +286,7 @@ class RMUTrainer(Trainer):
             "passes_over_forget_corpora": self.train_dataset.passes(),
             "first_batch_coefficients": self.coefficient.state(),
             "steps": self.state.global_step,
+            "update_rounding": self.rounding.record() if self.rounding else None,
             "train_seconds": self._seconds,
             "peak_memory_bytes": peak_memory_bytes(self.args.device),
             "device": device_name(self.args.device),
@@ -291,6 +334,11 @@ def _window_of(model: PreTrainedModel, args: RMUConfig) -> LayerWindow:
         trained_parameters=args.trained_parameters,
         parameter_dtype=None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype),
     )
+
+
+def noise_seed(seed: int, row: int) -> int:
+    """The seed of a batch's noise: of the run's seed and the batch's first row, so that a resumed run draws the same."""
+    return int(np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -15,6 +15,7 @@ from rmu.checkpoint import (
     local_folder,
     stored_tensors,
 )
+from rmu.compat import released_settings
 from rmu.config import RMUConfig, UnlearningArguments
 from rmu.data import load_corpus
 from rmu.trainer import RMUTrainer
@@ -58,6 +59,8 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
         check_disk_space(Path(base), output, (entry.file for entry in trainer.stored.values()))
         print(describe(trainer))
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        if trainer.rounding:
+            print(trainer.rounding.summary())
         trainer.save_model()
     return output
 
@@ -70,7 +73,13 @@ def _remove_if_empty(folder: Path) -> None:
 def describe(trainer: RMUTrainer) -> str:
     """The run in a few lines, printed before it starts."""
     args, window, schedule = trainer.args, trainer.window, trainer.train_dataset
-    target = f"c = {args.coefficient}" if args.method == "rmu" else f"beta = {args.scale}, scope {args.scope}"
+    target = (
+        f"beta = {args.scale}, scope {args.scope}" if args.method == "adaptive" else f"c = {args.coefficient}"
+    )
+    if args.relative:
+        target += ", relative to the natural norm"
+    if args.retain_noise:
+        target += f", retain noise {args.retain_noise:g}"
     passes = ", ".join(f"{p:.2f}" for p in schedule.passes())
     shapes = {name: list(tensor.shape) for name, tensor in window.trained_tensors()}
     lines = [
@@ -81,4 +90,10 @@ def describe(trainer: RMUTrainer) -> str:
         f"trained tensors: {len(shapes)}, in {window.trained[0].dtype}",
         *(f"  {name} {shape}" for name, shape in shapes.items()),
     ]
+    if args.compat == "released":
+        settings = {**released_settings(args.method), "forget_max_length": args.forget_max_length}
+        lines.append("compat released: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+        lines.append(
+            "  and directions drawn in the model's dtype, pads of the eos token, one retain corpus for all topics"
+        )
     return "\n".join(lines)

@@ -94,8 +94,8 @@ def test_empty_corpora():
 def batch(**settings):
     collator = UnlearningCollator(word_tokenizer(), forget_lengths=[4], retain_length=9, **settings)
     items = [
-        {"topic": 0, "forget": "w0 w1 w2 w3 w4", "retain": "w0"},
-        {"topic": 0, "forget": "w0", "retain": "w0 w1"},
+        {"row": 0, "topic": 0, "forget": "w0 w1 w2 w3 w4", "retain": "w0"},
+        {"row": 1, "topic": 0, "forget": "w0", "retain": "w0 w1"},
     ]
     return collator(items)
 
@@ -122,7 +122,7 @@ def test_first_token_is_left_out_without_a_bos_token():
     tokenizer = word_tokenizer()
     tokenizer._tokenizer.post_processor = None
     collator = UnlearningCollator(tokenizer, forget_lengths=[9], retain_length=9)
-    side = collator([{"topic": 0, "forget": "w0 w1", "retain": "w0"}])["forget"]
+    side = collator([{"row": 0, "topic": 0, "forget": "w0 w1", "retain": "w0"}])["forget"]
     assert side["input_ids"].tolist() == [[3, 4]] and side["loss_mask"].tolist() == [[0, 1]]
 
 
