@@ -13,6 +13,7 @@ from rmu.directions import DISTRIBUTIONS
 
 METHODS = ("rmu", "adaptive")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+AUTO = "auto"
 
 
 def _list(default: list[Any], text: str) -> Any:
@@ -60,9 +61,16 @@ class RMUConfig(TrainingArguments):
     """
 
     method: str = _setting("adaptive", f"Forget target: {' or '.join(METHODS)} (Adaptive RMU).")
-    layer: int = _setting(7, "Hooked layer l, counted from 0; only layers 0..l are loaded.")
-    coefficient: list[float] = _list([6.5], "RMU's c, the length of the target (a value a topic).")
-    scale: list[float] = _list([5.0], "Adaptive RMU's beta, times the natural norm (a value a topic).")
+    # HfArgumentParser takes no union inside a list: Any stands for float | "auto".
+    layer: int | str = _setting(
+        7, "Hooked layer l, counted from 0; only layers 0..l are loaded. auto: a quarter of the depth."
+    )
+    coefficient: list[Any] = _list(
+        [6.5], "RMU's c, the length of the target (a value a topic). auto: 3 times the median natural norm."
+    )
+    scale: list[Any] = _list(
+        [5.0], "Adaptive RMU's beta, times the natural norm (a value a topic). auto: 5, as published."
+    )
     alpha: list[float] = _list([1200.0], "Weight of the retain loss (a value a topic).")
     scope: str = _setting("token", f"Whose norm Adaptive RMU takes: {', '.join(SCOPES)}.")
     statistic: str = _setting(
@@ -125,14 +133,16 @@ class RMUConfig(TrainingArguments):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
         for name in ("coefficient", "scale", "alpha"):
             for value in getattr(self, name):
-                if not (math.isfinite(value) and value >= 0):
+                if value == AUTO and name != "alpha":
+                    continue
+                if isinstance(value, str) or not (math.isfinite(value) and value >= 0):
                     raise ValueError(f"{name}: got {value}, expected a finite number of at least 0")
         lengths = [("forget_max_length", n) for n in self.forget_max_length]
         for name, value in [*lengths, ("retain_max_length", self.retain_max_length)]:
             if value < 2:
                 raise ValueError(f"{name}: got {value}, expected at least 2 tokens")
-        if self.layer < 0:
-            raise ValueError(f"layer: got {self.layer}, expected 0 or more")
+        if self.layer != AUTO and (isinstance(self.layer, str) or self.layer < 0):
+            raise ValueError(f"layer: got {self.layer!r}, expected 0 or more, or auto")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps: got {self.max_steps}, expected at least 1, or -1 for one pass")
         if self.per_device_train_batch_size < 1:
@@ -141,6 +151,10 @@ class RMUConfig(TrainingArguments):
             )
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate: got {self.learning_rate}, expected a finite number above 0")
+
+    def wants_calibration(self) -> bool:
+        """Whether the layer, or the method's c or beta, is to be found from the model and the text to forget."""
+        return AUTO in (self.layer, *(self.coefficient if self.method == "rmu" else self.scale))
 
     def per_topic(self, name: str, topics: int) -> list[Any]:
         """A field's values, one a topic.

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from rmu.auto import find_layer, find_target
 from rmu.checkpoint import local_folder, resolve_names, save_unlearned
 from rmu.coefficient import SteeringCoefficient
-from rmu.config import RMUConfig
+from rmu.config import AUTO, RMUConfig
 from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
 from rmu.directions import directions_to_bytes, draw_directions, read_directions
@@ -63,8 +64,12 @@ class RMUTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         topics = len(forget)
+        automatic = args.wants_calibration()
+        if args.layer == AUTO:
+            args.layer = find_layer(model, trust_remote_code)
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        values = args.per_topic("coefficient" if args.method == "rmu" else "scale", topics)
+        target = "coefficient" if args.method == "rmu" else "scale"
+        args.per_topic(target, topics)
         self.alphas = args.per_topic("alpha", topics)
         lengths = args.per_topic("forget_max_length", topics)
         schedule = UnlearningSchedule(
@@ -83,7 +88,7 @@ class RMUTrainer(Trainer):
             parameter_dtype = None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype)
             self.window = LayerWindow.from_pretrained(
                 str(self.base_folder),
-                args.layer,
+                int(args.layer),
                 dtype=args.dtype,
                 trained_layers=args.trained_layers,
                 trained_parameters=args.trained_parameters,
@@ -120,7 +125,12 @@ class RMUTrainer(Trainer):
             self.directions = draw_directions(
                 topics, self.window.hidden_size, seed=args.seed, distribution=args.direction_distribution
             )
-        self.coefficient = SteeringCoefficient(args.method, values, args.scope, args.statistic)
+        self.calibration: list[str] = []
+        if automatic:
+            self.calibration = find_target(args, self.window.to(args.device), forget, processing_class)
+        self.coefficient = SteeringCoefficient(
+            args.method, args.per_topic(target, topics), args.scope, args.statistic
+        )
         self._measured: dict[str, list[Tensor]] = defaultdict(list)
         self._seconds = 0.0
         super().__init__(
@@ -238,6 +248,7 @@ class RMUTrainer(Trainer):
             "base": self.base_name,
             "base_revision": revision,
             "settings": self.args.method_settings(),
+            "calibration": self.calibration,
             "trained_tensors": self.window.trained_names,
             "topics": len(self.alphas),
             "passes_over_forget_corpora": self.train_dataset.passes(),
@@ -285,7 +296,7 @@ class RMUTrainer(Trainer):
 def _window_of(model: PreTrainedModel, args: RMUConfig) -> LayerWindow:
     return LayerWindow(
         model,
-        args.layer,
+        int(args.layer),
         trained_layers=args.trained_layers,
         trained_parameters=args.trained_parameters,
         parameter_dtype=None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype),

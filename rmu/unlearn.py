@@ -76,6 +76,7 @@ def describe(trainer: RMUTrainer) -> str:
     lines = [
         f"{args.method} at layer {args.layer}: {target}, alpha = {args.alpha}, {schedule.steps} steps of "
         f"{schedule.rows} + {schedule.rows} rows, learning rate {args.learning_rate:g} ({args.device})",
+        *trainer.calibration,
         f"topics: {len(schedule.forget)}; passes over each forget corpus: {passes}"
         + ("  (a corpus that ends is read again)" if max(schedule.passes()) > 1 else ""),
         f"trained tensors: {len(shapes)}, in {window.trained[0].dtype}",

@@ -220,7 +220,7 @@ class LayerWindow(nn.Module):
             calls.append((args, kwargs))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            states["hidden"] = _hidden_state(output).detach()
+            states["hidden"] = hidden_state(output).detach()
             raise _ReachedLayer
 
         handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self._window]
@@ -245,7 +245,7 @@ class LayerWindow(nn.Module):
         ):
             dtypes = dict(layer.named_parameters()) if local_names else {}
             tensors = {name: self.trained[j].to(dtypes[name].dtype) for name, j in local_names.items()}
-            hidden = _hidden_state(functional_call(layer, tensors, (hidden, *args), kwargs))
+            hidden = hidden_state(functional_call(layer, tensors, (hidden, *args), kwargs))
         return hidden
 
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -279,7 +279,7 @@ def truncate_config(config: Any, number: int) -> None:
     config.num_hidden_layers = number
 
 
-def _hidden_state(output: Any) -> Tensor:
+def hidden_state(output: Any) -> Tensor:
     """A layer returns its hidden state alone, or (falcon, bloom) first in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
