@@ -44,6 +44,20 @@ class UnlearningArguments:
     )
     text_field: str = _setting("text", "Field of the corpora that holds the text.")
     min_length: int = _setting(0, "Leave out texts of fewer characters.")
+    evaluate_every: int = _setting(
+        0, "Measure task accuracy in memory every so many steps (loads the whole model); 0: never."
+    )
+    forget_tasks: list[str] = _list([], "lm-evaluation-harness tasks whose accuracy is to fall.")
+    retain_tasks: list[str] = _list([], "Tasks whose accuracy is to stay.")
+    include_path: str | None = _setting(None, "Folder of further task files (YAML).")
+    evaluate_limit: int | None = _setting(None, "At most this many questions a task.")
+    stop_forget_accuracy: float | None = _setting(None, "Stop when forget accuracy (0 to 1) is at most this.")
+    stop_retain_drop: float | None = _setting(
+        None, "... and retain accuracy at most this much (0.02: two points) below the original model's."
+    )
+    stop_plateau: int | None = _setting(
+        None, "Stop when the logged loss has not fallen by 1 % for so many steps."
+    )
     trust_remote_code: bool = _setting(False, "Run model code that comes with the checkpoint.")
     allow_pickle: bool = _setting(False, "Read pickle weights where a checkpoint has no safetensors.")
 

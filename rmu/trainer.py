@@ -131,6 +131,7 @@ class RMUTrainer(Trainer):
         self.coefficient = SteeringCoefficient(
             args.method, args.per_topic(target, topics), args.scope, args.statistic
         )
+        self.stopped_by: str | None = None
         self._measured: dict[str, list[Tensor]] = defaultdict(list)
         self._seconds = 0.0
         super().__init__(
@@ -239,6 +240,7 @@ class RMUTrainer(Trainer):
     def run_record(self) -> dict[str, Any]:
         """What is needed to audit and repeat the run."""
         steps = [entry for entry in self.state.log_history if "loss" in entry]
+        evaluations = [entry for entry in self.state.log_history if "eval_forget_accuracy" in entry]
         revision = (
             self.base_folder.name
             if self.base_folder and self.base_folder.parent.name == "snapshots"
@@ -254,6 +256,7 @@ class RMUTrainer(Trainer):
             "passes_over_forget_corpora": self.train_dataset.passes(),
             "first_batch_coefficients": self.coefficient.state(),
             "steps": self.state.global_step,
+            "stopped_by": self.stopped_by,
             "train_seconds": self._seconds,
             "peak_memory_bytes": peak_memory_bytes(self.args.device),
             "device": device_name(self.args.device),
@@ -265,6 +268,7 @@ class RMUTrainer(Trainer):
                 "safetensors": safetensors.__version__,
             },
             "history": steps,
+            "evaluations": evaluations,
         }
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:

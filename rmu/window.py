@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,6 +252,35 @@ class LayerWindow(nn.Module):
         """``(name, tensor)`` of every trained tensor, detached, by its name in the whole causal model."""
         for name, parameter in zip(self.trained_names, self.trained, strict=True):
             yield name, parameter.detach()
+
+    def original(self) -> AbstractContextManager[None]:
+        """Within the block the wrapped model has its original weights; here it always has."""
+        return nullcontext()
+
+    @contextmanager
+    def trained_in(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within the block a whole causal model has the trained tensors, cast to its dtype, in place of its own.
+
+        Its own come back at the end, whatever happens. The model may be the one this window wraps.
+
+        Raises:
+            ValueError: the model lacks one of the tensors, or has it in another shape.
+        """
+        parameters = dict(model.named_parameters())
+        for name, tensor in self.trained_tensors():
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                raise ValueError(
+                    f"model: {type(model).__name__} has no tensor {name} of shape {list(tensor.shape)}, "
+                    "expected the whole model of this window"
+                )
+        kept = {name: parameters[name].data for name in self.trained_names}
+        try:
+            for name, tensor in self.trained_tensors():
+                parameters[name].data = tensor.to(parameters[name])
+            yield
+        finally:
+            for name, data in kept.items():
+                parameters[name].data = data
 
     @torch.no_grad()
     def load_trained_tensors(self, tensors: dict[str, Tensor]) -> None:
