@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from rmu.checkpoint import local_folder, weight_files
-from rmu.data import UnlearningCollator, check_tokenizer
+from rmu.checkpoint import local_folder, stored_tensors
+from rmu.data import UnlearningCollator, check_tokenizer, load_tokenizer
 from rmu.window import decoder_layers, hidden_state
 
 COEFFICIENT_PER_NORM = 3.0
@@ -146,8 +146,8 @@ def calibrate(
         if value < least:
             raise ValueError(f"{name}: got {value}, expected at least {least}")
     folder = local_folder(model)
-    weight_files(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    stored_tensors(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     with tempfile.TemporaryDirectory() as offload:
         base = AutoModel.from_pretrained(
             folder,

@@ -226,6 +226,7 @@ def _eval(argv: list[str]) -> None:
     from rmu.data import load_corpus
     from rmu.demo import evaluation_inputs
     from rmu.evaluation import evaluate_tasks, load_model, perplexity
+    from rmu.verdict import pool
 
     inputs = evaluation_inputs()
     texts = inputs["prose"]
@@ -247,6 +248,9 @@ def _eval(argv: list[str]) -> None:
         print(
             f"{row['task']:24} {side:8} {domain:12} {row['n']:6} {row['accuracy']:9.3f} {row['stderr']:7.3f}"
         )
+    for side in sorted({row["side"] for row in rows} - {None}):
+        score = pool([row for row in rows if row["side"] == side])
+        print(f"{'all':24} {side:8} {'all':12} {'':6} {score.accuracy:9.3f}")
     print(f"\nperplexity {prose['perplexity']:.2f} over {prose['tokens']} tokens")
     if arguments.output:
         Path(arguments.output).write_text(json.dumps({"accuracy": rows, "perplexity": prose}, indent=1))

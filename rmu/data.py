@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 _READERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -218,6 +218,18 @@ class UnlearningCollator:
                 # Where the pad or eos token is the bos token too, pads stay as exclude_padding says.
                 loss_mask[(input_ids == self.tokenizer.bos_token_id) & attention_mask.bool()] = 0
         return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ValueError: the folder has none that can be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: {folder} has none that can be read: {_first_line(error)}") from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:

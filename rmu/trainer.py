@@ -17,15 +17,16 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rmu.auto import find_layer, find_target
 from rmu.checkpoint import local_folder, resolve_names, save_unlearned
 from rmu.coefficient import SteeringCoefficient
 from rmu.config import AUTO, RMUConfig
-from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer
+from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer, load_tokenizer
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
 from rmu.directions import directions_to_bytes, draw_directions, read_directions
+from rmu.model_card import model_card
 from rmu.window import LayerWindow
 from rmu_kernels import rmu_loss
 
@@ -68,7 +69,7 @@ class RMUTrainer(Trainer):
         if args.layer == AUTO:
             args.layer = find_layer(model, trust_remote_code)
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        target = "coefficient" if args.method == "rmu" else "scale"
+        target = "scale" if args.method == "adaptive" else "coefficient"
         args.per_topic(target, topics)
         self.alphas = args.per_topic("alpha", topics)
         lengths = args.per_topic("forget_max_length", topics)
@@ -105,9 +106,7 @@ class RMUTrainer(Trainer):
                 raise ValueError(
                     "processing_class: got None, expected the tokenizer of a model given in memory"
                 )
-            processing_class = AutoTokenizer.from_pretrained(
-                self.base_folder, trust_remote_code=trust_remote_code
-            )
+            processing_class = load_tokenizer(self.base_folder, trust_remote_code)
         check_tokenizer(processing_class, self.window.config.get_text_config().vocab_size)
         # Found out before training, not after it.
         self.stored = (
@@ -226,13 +225,15 @@ class RMUTrainer(Trainer):
             raise ValueError(
                 "model: it was given in memory, without a folder whose other tensors could be kept"
             )
+        record = self.run_record()
         save_unlearned(
             self.base_folder,
             folder,
             self.window.trained_tensors(),
             self.stored,
             {
-                RUN_FILE: json.dumps(self.run_record(), indent=2).encode(),
+                RUN_FILE: json.dumps(record, indent=2).encode(),
+                "README.md": model_card(record, self.base_folder).encode(),
                 DIRECTIONS_FILE: directions_to_bytes(self.directions),
             },
         )

@@ -14,7 +14,7 @@ from rmu.checkpoint import (
     check_output_folder,
     has_only_pickles,
     local_folder,
-    weight_files,
+    stored_tensors,
 )
 from rmu.config import RMUConfig, UnlearningArguments
 from rmu.data import load_corpus
@@ -33,7 +33,7 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
     check_output_folder(output, ("checkpoint-", "runs") if config.resume_from_checkpoint else ())
     folder = local_folder(arguments.model)
     if not (arguments.allow_pickle and has_only_pickles(folder)):
-        weight_files(folder)
+        stored_tensors(folder)
 
     def corpora(name: str) -> list:
         return [

@@ -98,6 +98,18 @@ def test_pickles_only_unless_asked(place, capsys):
     assert sorted(p.name for p in place.iterdir()) == ["base", "forget.jsonl", "out", "retain.jsonl"]
 
 
+def test_a_folder_without_a_tokenizer(place, capsys):
+    for path in (place / "base").glob("tokenizer*"):
+        path.unlink()
+    fails(capsys, arguments(place), "tokenizer:", "has none that can be read")
+
+
+def test_a_truncated_shard(place, capsys):
+    shard = sorted((place / "base").glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-20])
+    fails(capsys, arguments(place), "model:", "not a valid safetensors file")
+
+
 def test_a_full_disk_leaves_nothing(place, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
