@@ -56,7 +56,7 @@ class UnlearningArguments:
         None, "... and retain accuracy at most this much (0.02: two points) below the original model's."
     )
     stop_plateau: int | None = _setting(
-        None, "Stop when the logged loss has not fallen by 1 % for so many steps."
+        None, "Stop when the logged loss has not fallen by a hundredth for so many steps."
     )
     trust_remote_code: bool = _setting(False, "Run model code that comes with the checkpoint.")
     allow_pickle: bool = _setting(False, "Read pickle weights where a checkpoint has no safetensors.")
