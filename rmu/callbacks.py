@@ -82,7 +82,10 @@ class EvaluationCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.model.to(args.device).eval()
+        # A model loaded with a device map is where it belongs, and in 8 bits it cannot be moved.
+        if not hasattr(self.model, "hf_device_map"):
+            self.model.to(args.device)
+        self.model.eval()
         with self.trainer.window.original():
             self.before = self._measure()
         if state.global_step == 0:

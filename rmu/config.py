@@ -14,6 +14,7 @@ from rmu.directions import DISTRIBUTIONS
 METHODS = ("rmu", "adaptive")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO = "auto"
+QUANTIZATIONS = ("none", "4bit", "8bit")
 
 
 def _list(default: list[Any], text: str) -> Any:
@@ -96,6 +97,13 @@ class RMUConfig(TrainingArguments):
     trained_parameters: str | None = _setting(
         None, "Regular expression searched in tensor names; default: the MLP's output projection."
     )
+    lora_rank: int = _setting(
+        0, "Train LoRA adapters of this rank on the selected weights and save them; 0: train the weights."
+    )
+    lora_alpha: float | None = _setting(None, "The adapters' factor is lora_alpha / lora_rank; default 1.")
+    quantization: str = _setting(
+        "none", f"Base weights under LoRA: {', '.join(QUANTIZATIONS)} (needs bitsandbytes)."
+    )
     direction_distribution: str = _setting(
         "uniform", f"Entries of the steering directions: {' or '.join(DISTRIBUTIONS)}."
     )
@@ -142,6 +150,7 @@ class RMUConfig(TrainingArguments):
             ("padding_side", ("right", "left")),
             ("dtype", DTYPES),
             ("parameter_dtype", DTYPES),
+            ("quantization", QUANTIZATIONS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
@@ -157,6 +166,16 @@ class RMUConfig(TrainingArguments):
                 raise ValueError(f"{name}: got {value}, expected at least 2 tokens")
         if self.layer != AUTO and (isinstance(self.layer, str) or self.layer < 0):
             raise ValueError(f"layer: got {self.layer!r}, expected 0 or more, or auto")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank: got {self.lora_rank}, expected 0 or more")
+        if self.lora_alpha is None:
+            self.lora_alpha = float(self.lora_rank)
+        elif not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
+            raise ValueError(f"lora_alpha: got {self.lora_alpha}, expected a finite number above 0")
+        if self.quantization != "none" and not self.lora_rank:
+            raise ValueError(
+                f"quantization: got {self.quantization} without lora_rank, quantized weights do not train"
+            )
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps: got {self.max_steps}, expected at least 1, or -1 for one pass")
         if self.per_device_train_batch_size < 1:

@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from rmu.auto import find_layer, find_target
 from rmu.checkpoint import local_folder, resolve_names, save_unlearned
@@ -26,6 +26,7 @@ from rmu.config import AUTO, RMUConfig
 from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer, load_tokenizer
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
 from rmu.directions import directions_to_bytes, draw_directions, read_directions
+from rmu.lora import LoRAWindow, quantization_config
 from rmu.model_card import model_card
 from rmu.window import LayerWindow
 from rmu_kernels import rmu_loss
@@ -86,18 +87,9 @@ class RMUTrainer(Trainer):
 
         if isinstance(model, str | Path):
             self.base_folder: Path | None = local_folder(model)
-            parameter_dtype = None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype)
-            self.window = LayerWindow.from_pretrained(
-                str(self.base_folder),
-                int(args.layer),
-                dtype=args.dtype,
-                trained_layers=args.trained_layers,
-                trained_parameters=args.trained_parameters,
-                parameter_dtype=parameter_dtype,
-                trust_remote_code=trust_remote_code,
-            )
+            self.window = make_window(self.base_folder, args, trust_remote_code)
         else:
-            self.window = model if isinstance(model, LayerWindow) else _window_of(model, args)
+            self.window = model if isinstance(model, LayerWindow) else make_window(model, args)
             name = self.window.config._name_or_path
             self.base_folder = Path(name) if name and Path(name).is_dir() else None
         self.base_name = str(model) if isinstance(model, str | Path) else self.window.config._name_or_path
@@ -115,7 +107,7 @@ class RMUTrainer(Trainer):
                 {name: tuple(tensor.shape) for name, tensor in self.window.trained_tensors()},
                 self.window.model.base_model_prefix + ".",
             )
-            if self.base_folder
+            if self.base_folder and not isinstance(self.window, LoRAWindow)
             else None
         )
         if args.directions:
@@ -210,7 +202,7 @@ class RMUTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the original checkpoint with exactly the trained tensors changed, and the run's record.
+        """Write the original checkpoint with exactly the trained tensors changed, or a LoRA adapter; and the run's record.
 
         Raises:
             ValueError: the model was given in memory without a folder it was loaded from.
@@ -221,22 +213,20 @@ class RMUTrainer(Trainer):
         if _internal_call:
             self._save_trained(folder)
             return
+        record = self.run_record()
+        extra_files = {
+            RUN_FILE: json.dumps(record, indent=2).encode(),
+            "README.md": model_card(record, self.base_folder).encode(),
+            DIRECTIONS_FILE: directions_to_bytes(self.directions),
+        }
+        if isinstance(self.window, LoRAWindow):
+            self.window.save_adapter(folder, self.base_name, extra_files)
+            return
         if self.stored is None or self.base_folder is None:
             raise ValueError(
                 "model: it was given in memory, without a folder whose other tensors could be kept"
             )
-        record = self.run_record()
-        save_unlearned(
-            self.base_folder,
-            folder,
-            self.window.trained_tensors(),
-            self.stored,
-            {
-                RUN_FILE: json.dumps(record, indent=2).encode(),
-                "README.md": model_card(record, self.base_folder).encode(),
-                DIRECTIONS_FILE: directions_to_bytes(self.directions),
-            },
-        )
+        save_unlearned(self.base_folder, folder, self.window.trained_tensors(), self.stored, extra_files)
 
     def run_record(self) -> dict[str, Any]:
         """What is needed to audit and repeat the run."""
@@ -298,14 +288,35 @@ class RMUTrainer(Trainer):
         self.directions = self.directions.to(self.args.device)
 
 
-def _window_of(model: PreTrainedModel, args: RMUConfig) -> LayerWindow:
-    return LayerWindow(
-        model,
-        int(args.layer),
-        trained_layers=args.trained_layers,
-        trained_parameters=args.trained_parameters,
-        parameter_dtype=None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype),
+def make_window(
+    model: Path | PreTrainedModel, args: RMUConfig, trust_remote_code: bool = False
+) -> LayerWindow:
+    """The window that the settings ask for, on a model folder or on a model in memory."""
+    settings: dict[str, Any] = {
+        "trained_layers": args.trained_layers,
+        "trained_parameters": args.trained_parameters,
+        "parameter_dtype": None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype),
+    }
+    window: type[LayerWindow] = LayerWindow
+    if args.lora_rank:
+        window = LoRAWindow
+        settings |= {"rank": args.lora_rank, "alpha": args.lora_alpha}
+        # Adapters are drawn at random, and Trainer seeds only after this.
+        set_seed(args.seed)
+    if isinstance(model, PreTrainedModel):
+        return window(model, int(args.layer), **settings)
+    return window.from_pretrained(
+        str(model), int(args.layer), **load_arguments(args, trust_remote_code), **settings
     )
+
+
+def load_arguments(args: RMUConfig, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The arguments of ``from_pretrained`` for the base model that the settings ask for."""
+    arguments: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": trust_remote_code}
+    if args.quantization != "none":
+        arguments["quantization_config"] = quantization_config(args.quantization)
+        arguments["device_map"] = {"": args.device}
+    return arguments
 
 
 def peak_memory_bytes(device: torch.device) -> int:

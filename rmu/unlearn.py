@@ -18,7 +18,7 @@ from rmu.checkpoint import (
 )
 from rmu.config import RMUConfig, UnlearningArguments
 from rmu.data import load_corpus
-from rmu.trainer import RMUTrainer
+from rmu.trainer import RMUTrainer, load_arguments
 
 
 def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
@@ -55,7 +55,7 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
         if arguments.evaluate_every:
             # The window is built on its layers, so that they are in memory once.
             whole = AutoModelForCausalLM.from_pretrained(
-                base, dtype=config.dtype, trust_remote_code=arguments.trust_remote_code
+                base, **load_arguments(config, arguments.trust_remote_code)
             )
         trainer = RMUTrainer(
             whole or base,
@@ -66,8 +66,8 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
         )
         add_callbacks(trainer, arguments, whole)
         trainer.base_name = arguments.model
-        assert trainer.stored is not None
-        check_disk_space(Path(base), output, (entry.file for entry in trainer.stored.values()))
+        if trainer.stored is not None:
+            check_disk_space(Path(base), output, (entry.file for entry in trainer.stored.values()))
         print(describe(trainer))
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
         trainer.save_model()

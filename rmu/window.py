@@ -148,9 +148,12 @@ class LayerWindow(nn.Module):
             }
             for i in range(self.first_layer, layer + 1)
         ]
-        self.trained = nn.ParameterList(
-            nn.Parameter(tensors[n].detach().to(parameter_dtype or tensors[n].dtype, copy=True))
-            for n in self.trained_names
+        self.trained = self._trainable({n: tensors[n] for n in self.trained_names}, parameter_dtype)
+
+    def _trainable(self, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> nn.ParameterList:
+        """The parameters to train for the selected tensors of the model."""
+        return nn.ParameterList(
+            nn.Parameter(tensor.detach().to(dtype or tensor.dtype, copy=True)) for tensor in tensors.values()
         )
 
     @classmethod
@@ -166,16 +169,8 @@ class LayerWindow(nn.Module):
         **load_arguments: Any,
     ) -> LayerWindow:
         """Read only layers ``0..l`` of a model folder or hub id: no layer above them, no language-model head."""
-        config = AutoConfig.from_pretrained(
-            model, trust_remote_code=load_arguments.get("trust_remote_code", False)
-        )
-        text_config = config.get_text_config()
-        check_layer(layer, text_config.num_hidden_layers)
-        truncate_config(text_config, layer + 1)
-        with _quiet_loading():
-            base = AutoModel.from_pretrained(model, config=config, dtype=dtype, **load_arguments)
         return cls(
-            base,
+            load_layers(model, layer, dtype=dtype, **load_arguments),
             layer,
             trained_layers=trained_layers,
             trained_parameters=trained_parameters,
@@ -226,7 +221,8 @@ class LayerWindow(nn.Module):
         handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self._window]
         handles.append(self._window[-1].register_forward_hook(leave))
         try:
-            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            with self.original():
+                self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         except _ReachedLayer:
             pass
         finally:
@@ -297,6 +293,18 @@ class LayerWindow(nn.Module):
                     f"tensors[{name!r}]: got shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
                 )
             parameter.copy_(tensors[name])
+
+
+def load_layers(model: str, layer: int, **load_arguments: Any) -> PreTrainedModel:
+    """The base model of a folder or hub id with layers ``0..layer`` only, and no language-model head."""
+    config = AutoConfig.from_pretrained(
+        model, trust_remote_code=load_arguments.get("trust_remote_code", False)
+    )
+    text_config = config.get_text_config()
+    check_layer(layer, text_config.num_hidden_layers)
+    truncate_config(text_config, layer + 1)
+    with _quiet_loading():
+        return AutoModel.from_pretrained(model, config=config, **load_arguments)
 
 
 def truncate_config(config: Any, number: int) -> None:
