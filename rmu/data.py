@@ -203,11 +203,12 @@ class UnlearningCollator:
         return {
             "row": items[0]["row"],
             "topic": topic,
-            "forget": self._side([item["forget"] for item in items], self.forget_lengths[topic]),
-            "retain": self._side([item["retain"] for item in items], self.retain_length),
+            "forget": self.side([item["forget"] for item in items], self.forget_lengths[topic]),
+            "retain": self.side([item["retain"] for item in items], self.retain_length),
         }
 
-    def _side(self, texts: list[str], length: int) -> dict[str, Tensor]:
+    def side(self, texts: list[str], length: int) -> dict[str, Tensor]:
+        """One side's ``input_ids``, ``attention_mask`` and ``loss_mask``, of texts cut at ``length`` tokens."""
         rows = self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
         width = max(1, max(len(row) for row in rows))
         input_ids = torch.full((len(rows), width), self.pad_id, dtype=torch.long)

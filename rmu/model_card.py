@@ -14,16 +14,18 @@ _SHOWN = (
 _LAST = "forget_loss retain_loss forget_cosine retain_cosine coefficient_mean".split()
 
 
-def model_card(record: dict[str, Any], base_folder: Path) -> str:
+def model_card(record: dict[str, Any], base_folder: Path | None) -> str:
     """Markdown with the hub's metadata: what was unlearned how, from which model, and what it does not promise.
 
     Args:
         record: the run's record, as ``rmu_run.json`` holds it.
-        base_folder: the original model's folder; the licence and languages of its card are kept.
+        base_folder: the original model's folder, if it has one; the licence and languages of its card are kept.
     """
-    data = ModelCardData(base_model=record["base"], library_name="transformers", tags=["unlearning", "rmu"])
-    path = base_folder / "README.md"
-    if path.is_file():
+    rank = record["settings"].get("lora_rank", 0)
+    library = "peft" if rank else "transformers"
+    data = ModelCardData(base_model=record["base"], library_name=library, tags=["unlearning", "rmu"])
+    path = base_folder / "README.md" if base_folder else None
+    if path and path.is_file():
         original = ModelCard.load(path, ignore_metadata_errors=True).data
         data.license, data.language = original.license, original.language
     settings, history = record["settings"], record["history"]
@@ -37,7 +39,11 @@ def model_card(record: dict[str, Any], base_folder: Path) -> str:
             if settings["method"] == "adaptive"
             else "RMU (arXiv 2403.03218)"
         )
-        + f". Changed are {len(record['trained_tensors'])} tensors, all others are as they were:",
+        + (
+            f". A LoRA adapter of rank {rank}, to be loaded on that model with PEFT; its tensors:"
+            if rank
+            else f". Changed are {len(record['trained_tensors'])} tensors, all others are as they were:"
+        ),
         "",
         *(f"* `{name}`" for name in record["trained_tensors"]),
         "",

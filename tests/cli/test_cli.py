@@ -60,7 +60,7 @@ def test_runs_as_a_command(place):
     ("changes", "message"),
     [
         ({"layer": "4"}, "layer: got 4, expected 0 to 3"),
-        ({"layer": "two"}, "argument --layer: invalid int value"),
+        ({"layer": "two"}, "argument --layer: got 'two', expected int or auto"),
         ({"trained_parameters": "mlp.nope"}, "a layer (model.layers.0.) has: self_attn.q_proj.weight"),
         ({"text_field": "body"}, "forget[0]"),
         ({"forget": "nowhere.jsonl"}, "forget[0]: no such file"),
