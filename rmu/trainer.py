@@ -362,7 +362,7 @@ def load_arguments(args: RMUConfig, trust_remote_code: bool = False) -> dict[str
     """The arguments of ``from_pretrained`` for the base model that the settings ask for."""
     arguments: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": trust_remote_code}
     if args.quantization != "none":
-        arguments["quantization_config"] = quantization_config(args.quantization)
+        arguments["quantization_config"] = quantization_config(args.quantization, args.device)
         arguments["device_map"] = {"": args.device}
     return arguments
 
