@@ -158,7 +158,8 @@ class RMUTrainer(Trainer):
         )
         self.directions = self.directions.to(self.args.device)
         self.rounding = None
-        if torch.finfo(self.window.model.dtype).bits < 32:
+        # Adapters are not rounded to the model's dtype.
+        if torch.finfo(self.window.model.dtype).bits < 32 and not isinstance(self.window, LoRAWindow):
             self.rounding = UpdateRounding(self.window.trained, self.window.model.dtype)
             self.add_callback(self.rounding)
         if self.args.device.type == "cpu":

@@ -116,6 +116,12 @@ def test_a_base_in_bfloat16_has_float32_adapters_unless_asked():
     assert {p.dtype for p in window.trained} == {torch.bfloat16}
 
 
+def test_rounding_of_the_model_dtype_is_not_counted_for_adapters(tmp_path):
+    trainer = trained(tmp_path, dtype="bfloat16", max_steps=1)
+    assert trainer.window.model.dtype == torch.bfloat16
+    assert trainer.rounding is None and trainer.run_record()["update_rounding"] is None
+
+
 def test_the_seed_draws_the_adapters_and_resuming_goes_on_with_them(tmp_path):
     whole = trained(tmp_path, save_strategy="steps", save_steps=3)
     again = RMUTrainer(tmp_path / "base", config(tmp_path / "b"), forget=[TEXTS], retain=[TEXTS])
