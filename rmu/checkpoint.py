@@ -202,10 +202,8 @@ def save_unlearned(
         entries: from :func:`resolve_names`.
         extra_files: further files by name, written as they are.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     touched = {entry.file for entry in entries.values()}
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with staged(output) as staging:
         for path in _copied_files(folder):
             if path.name in extra_files:
                 continue
@@ -217,6 +215,18 @@ def save_unlearned(
             _replace_bytes(staging / entries[name].file, tensor, entries[name])
         for name, content in extra_files.items():
             (staging / name).write_bytes(content)
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A folder beside ``output`` to write in, put in its place at the end; after an error nothing is left of it.
+
+    Where ``output`` exists already, its files are replaced one by one, ``config.json`` last.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        yield staging
         for path in staging.iterdir():
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())

@@ -15,6 +15,7 @@ import yaml
 
 COMMANDS = {
     "unlearn": "make a model forget, and save it",
+    "calibrate": "measure a model's natural norms on the text to forget, and propose layer, c and beta",
     "eval": "measure a model: accuracy on lm-evaluation-harness tasks, perplexity",
     "demo": "unlearn a small real model and report what happened",
     "presets": "list the settings that ship with the package, or show one",
@@ -149,6 +150,56 @@ def _unlearn(argv: list[str]) -> None:
     print(f"saved: {unlearn(arguments, config)}")
 
 
+def _calibrate(argv: list[str]) -> None:
+    from rmu.config import DTYPES
+
+    parser = _Parser(
+        "rmu calibrate",
+        description="Measure the norms of hidden states in every layer on the text to forget, in one pass, and propose the "
+        "hooked layer, c of RMU and beta of Adaptive RMU.",
+    )
+    parser.add_argument("--model", required=True, help="model folder or hub id")
+    parser.add_argument("--forget", required=True, nargs="+", help="one corpus for each topic to forget")
+    parser.add_argument("--text_field", default="text", help="field of the corpora that holds the text")
+    parser.add_argument("--min_length", type=int, default=0, help="leave out texts of fewer characters")
+    parser.add_argument("--samples", type=int, default=64, help="texts read of each corpus (default 64)")
+    parser.add_argument("--max_length", type=int, default=512, help="maximum tokens of a text (default 512)")
+    parser.add_argument("--batch_size", type=int, default=8, help="texts of a forward pass (default 8)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="dtype of the weights (default: auto)"
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code of the checkpoint")
+    parser.add_argument("--output", help="write the numbers as JSON and a figure a topic into this folder")
+    arguments = parser.parse_args(argv)
+    from rmu.calibrate import calibrate, table, write_calibration
+    from rmu.data import load_corpus
+
+    forget = [
+        load_corpus(
+            source, field=arguments.text_field, min_length=arguments.min_length, argument=f"forget[{i}]"
+        )
+        for i, source in enumerate(arguments.forget)
+    ]
+    found = calibrate(
+        arguments.model,
+        forget,
+        samples=arguments.samples,
+        max_length=arguments.max_length,
+        batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    for i, source in enumerate(arguments.forget):
+        print(f"\nforget[{i}]: {source}, {found.texts[i]} texts, {found.tokens[i]} counted tokens")
+        print(table(found, i))
+    print("", *found.reasons, sep="\n")
+    c = " ".join(f"{value:g}" for value in found.coefficient)
+    print(f"\nRMU:          --method rmu --layer {found.layer} --coefficient {c}")
+    print(f"Adaptive RMU: --method adaptive --layer {found.layer} --scale {found.scale:g}")
+    if arguments.output:
+        print("\nwrote", *write_calibration(found, arguments.output))
+
+
 def _eval(argv: list[str]) -> None:
     parser = _Parser("rmu eval", description="Measure a model: task accuracy and, of a corpus, perplexity.")
     parser.add_argument("--model", required=True, help="model folder or hub id")
@@ -175,6 +226,7 @@ def _eval(argv: list[str]) -> None:
     from rmu.data import load_corpus
     from rmu.demo import evaluation_inputs
     from rmu.evaluation import evaluate_tasks, load_model, perplexity
+    from rmu.verdict import pool
 
     inputs = evaluation_inputs()
     texts = inputs["prose"]
@@ -196,6 +248,9 @@ def _eval(argv: list[str]) -> None:
         print(
             f"{row['task']:24} {side:8} {domain:12} {row['n']:6} {row['accuracy']:9.3f} {row['stderr']:7.3f}"
         )
+    for side in sorted({row["side"] for row in rows} - {None}):
+        score = pool([row for row in rows if row["side"] == side])
+        print(f"{'all':24} {side:8} {'all':12} {'':6} {score.accuracy:9.3f}")
     print(f"\nperplexity {prose['perplexity']:.2f} over {prose['tokens']} tokens")
     if arguments.output:
         Path(arguments.output).write_text(json.dumps({"accuracy": rows, "perplexity": prose}, indent=1))

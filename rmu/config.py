@@ -13,6 +13,8 @@ from rmu.coefficient import METHODS, SCOPES, STATISTICS
 from rmu.directions import DISTRIBUTIONS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+AUTO = "auto"
+QUANTIZATIONS = ("none", "4bit", "8bit")
 
 
 def _list(default: list[Any], text: str) -> Any:
@@ -43,6 +45,20 @@ class UnlearningArguments:
     )
     text_field: str = _setting("text", "Field of the corpora that holds the text.")
     min_length: int = _setting(0, "Leave out texts of fewer characters.")
+    evaluate_every: int = _setting(
+        0, "Measure task accuracy in memory every so many steps (loads the whole model); 0: never."
+    )
+    forget_tasks: list[str] = _list([], "lm-evaluation-harness tasks whose accuracy is to fall.")
+    retain_tasks: list[str] = _list([], "Tasks whose accuracy is to stay.")
+    include_path: str | None = _setting(None, "Folder of further task files (YAML).")
+    evaluate_limit: int | None = _setting(None, "At most this many questions a task.")
+    stop_forget_accuracy: float | None = _setting(None, "Stop when forget accuracy (0 to 1) is at most this.")
+    stop_retain_drop: float | None = _setting(
+        None, "... and retain accuracy at most this much (0.02: two points) below the original model's."
+    )
+    stop_plateau: int | None = _setting(
+        None, "Stop when the logged loss has not fallen by a hundredth for so many steps."
+    )
     trust_remote_code: bool = _setting(False, "Run model code that comes with the checkpoint.")
     allow_pickle: bool = _setting(False, "Read pickle weights where a checkpoint has no safetensors.")
 
@@ -65,11 +81,17 @@ class RMUConfig(TrainingArguments):
     compat: str = _setting(
         "none", "released: set what the released RMU and Adaptive RMU loops do (they are printed); or none."
     )
-    layer: int = _setting(7, "Hooked layer l, counted from 0; only layers 0..l are loaded.")
-    coefficient: list[float] = _list(
-        [6.5], "RMU's c, the length of the target, or rsv's noise an entry (a value a topic)."
+    # HfArgumentParser takes no union inside a list: Any stands for float | "auto".
+    layer: int | str = _setting(
+        7, "Hooked layer l, counted from 0; only layers 0..l are loaded. auto: a quarter of the depth."
     )
-    scale: list[float] = _list([5.0], "Adaptive RMU's beta, times the natural norm (a value a topic).")
+    coefficient: list[Any] = _list(
+        [6.5],
+        "RMU's c, the length of the target, or rsv's noise an entry (a value a topic). auto: 3 times the median natural norm.",
+    )
+    scale: list[Any] = _list(
+        [5.0], "Adaptive RMU's beta, times the natural norm (a value a topic). auto: 5, as published."
+    )
     alpha: list[float] = _list([1200.0], "Weight of the retain loss (a value a topic).")
     scope: str = _setting("token", f"Whose norm Adaptive RMU takes: {', '.join(SCOPES)}.")
     statistic: str = _setting("mean", f"How scopes other than token sum up norms: {' or '.join(STATISTICS)}.")
@@ -84,6 +106,13 @@ class RMUConfig(TrainingArguments):
     )
     trained_parameters: str | None = _setting(
         None, "Regular expression searched in tensor names; default: the MLP's output projection."
+    )
+    lora_rank: int = _setting(
+        0, "Train LoRA adapters of this rank on the selected weights and save them; 0: train the weights."
+    )
+    lora_alpha: float | None = _setting(None, "The adapters' factor is lora_alpha / lora_rank; default 1.")
+    quantization: str = _setting(
+        "none", f"Base weights under LoRA: {', '.join(QUANTIZATIONS)} (needs bitsandbytes)."
     )
     direction_distribution: str = _setting(
         "uniform", f"Entries of the steering directions: {' or '.join(DISTRIBUTIONS)}."
@@ -151,12 +180,15 @@ class RMUConfig(TrainingArguments):
             ("padding_side", ("right", "left")),
             ("dtype", DTYPES),
             ("parameter_dtype", DTYPES),
+            ("quantization", QUANTIZATIONS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
         for name in ("coefficient", "scale", "alpha"):
             for value in getattr(self, name):
-                if not (math.isfinite(value) and value >= 0):
+                if value == AUTO and name != "alpha":
+                    continue
+                if isinstance(value, str) or not (math.isfinite(value) and value >= 0):
                     raise ValueError(f"{name}: got {value}, expected a finite number of at least 0")
         lengths = [("forget_max_length", n) for n in self.forget_max_length]
         for name, value in [*lengths, ("retain_max_length", self.retain_max_length)]:
@@ -173,8 +205,18 @@ class RMUConfig(TrainingArguments):
             raise ValueError(f"retain_noise: got {self.retain_noise}, expected a finite number of at least 0")
         if self.optim == optimizer.NAME and self.weight_decay:
             raise ValueError(f"weight_decay: got {self.weight_decay}, but {optimizer.NAME} has none")
-        if self.layer < 0:
-            raise ValueError(f"layer: got {self.layer}, expected 0 or more")
+        if self.layer != AUTO and (isinstance(self.layer, str) or self.layer < 0):
+            raise ValueError(f"layer: got {self.layer!r}, expected 0 or more, or auto")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank: got {self.lora_rank}, expected 0 or more")
+        if self.lora_alpha is None:
+            self.lora_alpha = float(self.lora_rank)
+        elif not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
+            raise ValueError(f"lora_alpha: got {self.lora_alpha}, expected a finite number above 0")
+        if self.quantization != "none" and not self.lora_rank:
+            raise ValueError(
+                f"quantization: got {self.quantization} without lora_rank, quantized weights do not train"
+            )
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps: got {self.max_steps}, expected at least 1, or -1 for one pass")
         if self.per_device_train_batch_size < 1:
@@ -183,6 +225,10 @@ class RMUConfig(TrainingArguments):
             )
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate: got {self.learning_rate}, expected a finite number above 0")
+
+    def wants_calibration(self) -> bool:
+        """Whether the layer, or the method's c or beta, is to be found from the model and the text to forget."""
+        return AUTO in (self.layer, *(self.coefficient if self.method == "rmu" else self.scale))
 
     def per_topic(self, name: str, topics: int) -> list[Any]:
         """A field's values, one a topic.

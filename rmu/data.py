@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 _READERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -203,11 +203,12 @@ class UnlearningCollator:
         return {
             "row": items[0]["row"],
             "topic": topic,
-            "forget": self._side([item["forget"] for item in items], self.forget_lengths[topic]),
-            "retain": self._side([item["retain"] for item in items], self.retain_length),
+            "forget": self.side([item["forget"] for item in items], self.forget_lengths[topic]),
+            "retain": self.side([item["retain"] for item in items], self.retain_length),
         }
 
-    def _side(self, texts: list[str], length: int) -> dict[str, Tensor]:
+    def side(self, texts: list[str], length: int) -> dict[str, Tensor]:
+        """One side's ``input_ids``, ``attention_mask`` and ``loss_mask``, of texts cut at ``length`` tokens."""
         rows = self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
         width = max(1, max(len(row) for row in rows))
         input_ids = torch.full((len(rows), width), self.pad_id, dtype=torch.long)
@@ -225,6 +226,18 @@ class UnlearningCollator:
                 # Where the pad or eos token is the bos token too, pads stay as exclude_padding says.
                 loss_mask[(input_ids == self.tokenizer.bos_token_id) & attention_mask.bool()] = 0
         return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ValueError: the folder has none that can be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: {folder} has none that can be read: {_first_line(error)}") from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rmu.checkpoint import local_folder, weight_files
-from rmu.data import check_tokenizer
+from rmu.data import check_tokenizer, load_tokenizer
 
 ACCURACY_METRICS = ("acc", "acc_norm", "exact_match")
 
@@ -38,9 +38,9 @@ def evaluate_tasks(
 
     Returns:
         Rows `{"task", "domain", "side", "n", "accuracy", "stderr"}`; `stderr` is the standard error.
-        A task whose documents have the fields `side` and `domain` gives a row per domain, and one per side
-        with domain `"all"`; any other task or group gives one row, with `None` for both. The accuracy is the
-        first of `acc`, `acc_norm` and `exact_match` that the task reports.
+        A task whose documents have the fields `side` and `domain` gives a row per domain; any other task or
+        group gives one row, with `None` for both. The accuracy is the first of `acc`, `acc_norm` and
+        `exact_match` that the task reports.
 
     Raises:
         ValueError: no task is named, a name is unknown, or a task reports no accuracy.
@@ -135,9 +135,9 @@ def _rows(tasks: list[str], results: dict[str, Any]) -> list[dict[str, Any]]:
             metric = key.split(",")[0]
             groups: dict[tuple[str, str], list[float]] = {}
             for sample in docs:
-                for domain in (sample["doc"]["domain"], "all"):
-                    groups.setdefault((sample["doc"]["side"], domain), []).append(float(sample[metric]))
-            for (side, domain), scores in sorted(groups.items(), key=lambda item: _domain_order(*item[0])):
+                doc = sample["doc"]
+                groups.setdefault((doc["side"], doc["domain"]), []).append(float(sample[metric]))
+            for (side, domain), scores in sorted(groups.items()):
                 accuracy = sum(scores) / len(scores)
                 rows.append(_row(name, domain, side, len(scores), accuracy))
         else:
@@ -147,10 +147,6 @@ def _rows(tasks: list[str], results: dict[str, Any]) -> list[dict[str, Any]]:
             )
             rows.append(_row(name, None, None, n, float(reported[name][key])))
     return rows
-
-
-def _domain_order(side: str, domain: str) -> tuple[str, bool, str]:
-    return side, domain == "all", domain
 
 
 def _accuracy_key(name: str, metrics: dict[str, Any]) -> str:
@@ -296,7 +292,7 @@ def load_model(
     """
     folder = local_folder(model)
     weight_files(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     check_tokenizer(tokenizer, loaded.config.get_text_config().vocab_size)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

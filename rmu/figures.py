@@ -171,3 +171,27 @@ def confidence(histograms: dict, theme: Theme):
     axes.set_ylabel("share of tokens (%)")
     _legend_above(figure, axes)
     return figure
+
+
+def natural_norms(norms, layer: int, coefficient: float, theme: Theme):
+    """Median, mean and largest norm per layer of a list of `LayerNorms`, with the proposed layer and c."""
+    figure, axes = _panel(3.0)
+    layers = [row.layer for row in norms]
+    for name, label, colour, dash in (
+        ("sink_median", "first/BOS median", theme.retain, ":"),
+        ("maximum", "max", theme.after, "--"),
+        ("mean", "mean", theme.before, "-."),
+        ("median", "median", theme.before, "-"),
+    ):
+        axes.plot(
+            layers, [getattr(row, name) for row in norms], dash, color=colour, linewidth=1.5, label=label
+        )
+    axes.axvline(layer, color=theme.ink, linestyle=(0, (4, 3)), linewidth=1, label=f"layer {layer}")
+    axes.plot([layer], [coefficient], "D", color=theme.forget, markersize=6, label=f"c = {coefficient:g}")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("norm of the hidden state")
+    _legend_above(figure, axes)
+    return figure

@@ -18,15 +18,18 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from rmu import compat
+from rmu.auto import find_layer, find_target
 from rmu.checkpoint import local_folder, resolve_names, save_unlearned
 from rmu.coefficient import SteeringCoefficient
-from rmu.config import RMUConfig
-from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer
+from rmu.config import AUTO, RMUConfig
+from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer, load_tokenizer
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
 from rmu.directions import directions_to_bytes, draw_directions, read_directions
+from rmu.lora import LoRAWindow, quantization_config
+from rmu.model_card import model_card
 from rmu.optimizer import NAME as ADAMW_RMU
 from rmu.optimizer import AdamWRMU
 from rmu.rounding import UpdateRounding
@@ -68,8 +71,12 @@ class RMUTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         topics = len(forget)
+        automatic = args.wants_calibration()
+        if args.layer == AUTO:
+            args.layer = find_layer(model, trust_remote_code)
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        values = args.per_topic("scale" if args.method == "adaptive" else "coefficient", topics)
+        target = "scale" if args.method == "adaptive" else "coefficient"
+        args.per_topic(target, topics)
         self.alphas = args.per_topic("alpha", topics)
         lengths = args.forget_max_length = args.per_topic("forget_max_length", topics)
         released = args.compat == "released"
@@ -90,18 +97,9 @@ class RMUTrainer(Trainer):
 
         if isinstance(model, str | Path):
             self.base_folder: Path | None = local_folder(model)
-            parameter_dtype = None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype)
-            self.window = LayerWindow.from_pretrained(
-                str(self.base_folder),
-                args.layer,
-                dtype=args.dtype,
-                trained_layers=args.trained_layers,
-                trained_parameters=args.trained_parameters,
-                parameter_dtype=parameter_dtype,
-                trust_remote_code=trust_remote_code,
-            )
+            self.window = make_window(self.base_folder, args, trust_remote_code)
         else:
-            self.window = model if isinstance(model, LayerWindow) else _window_of(model, args)
+            self.window = model if isinstance(model, LayerWindow) else make_window(model, args)
             name = self.window.config._name_or_path
             self.base_folder = Path(name) if name and Path(name).is_dir() else None
         self.base_name = str(model) if isinstance(model, str | Path) else self.window.config._name_or_path
@@ -110,9 +108,7 @@ class RMUTrainer(Trainer):
                 raise ValueError(
                     "processing_class: got None, expected the tokenizer of a model given in memory"
                 )
-            processing_class = AutoTokenizer.from_pretrained(
-                self.base_folder, trust_remote_code=trust_remote_code
-            )
+            processing_class = load_tokenizer(self.base_folder, trust_remote_code)
         check_tokenizer(processing_class, self.window.config.get_text_config().vocab_size)
         # Found out before training, not after it.
         self.stored = (
@@ -121,7 +117,7 @@ class RMUTrainer(Trainer):
                 {name: tuple(tensor.shape) for name, tensor in self.window.trained_tensors()},
                 self.window.model.base_model_prefix + ".",
             )
-            if self.base_folder
+            if self.base_folder and not isinstance(self.window, LoRAWindow)
             else None
         )
         if args.directions:
@@ -134,7 +130,13 @@ class RMUTrainer(Trainer):
                 distribution=args.direction_distribution,
                 **({"dtype": self.window.model.dtype, "device": args.device} if released else {}),
             )
-        self.coefficient = SteeringCoefficient(args.method, values, args.scope, args.statistic)
+        self.calibration: list[str] = []
+        if automatic:
+            self.calibration = find_target(args, self.window.to(args.device), forget, processing_class)
+        self.coefficient = SteeringCoefficient(
+            args.method, args.per_topic(target, topics), args.scope, args.statistic
+        )
+        self.stopped_by: str | None = None
         self._measured: dict[str, list[Tensor]] = defaultdict(list)
         self._seconds = 0.0
         super().__init__(
@@ -242,7 +244,7 @@ class RMUTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the original checkpoint with exactly the trained tensors changed, and the run's record.
+        """Write the original checkpoint with exactly the trained tensors changed, or a LoRA adapter; and the run's record.
 
         Raises:
             ValueError: the model was given in memory without a folder it was loaded from.
@@ -253,24 +255,25 @@ class RMUTrainer(Trainer):
         if _internal_call:
             self._save_trained(folder)
             return
+        record = self.run_record()
+        extra_files = {
+            RUN_FILE: json.dumps(record, indent=2).encode(),
+            "README.md": model_card(record, self.base_folder).encode(),
+            DIRECTIONS_FILE: directions_to_bytes(self.directions),
+        }
+        if isinstance(self.window, LoRAWindow):
+            self.window.save_adapter(folder, self.base_name, extra_files)
+            return
         if self.stored is None or self.base_folder is None:
             raise ValueError(
                 "model: it was given in memory, without a folder whose other tensors could be kept"
             )
-        save_unlearned(
-            self.base_folder,
-            folder,
-            self.window.trained_tensors(),
-            self.stored,
-            {
-                RUN_FILE: json.dumps(self.run_record(), indent=2).encode(),
-                DIRECTIONS_FILE: directions_to_bytes(self.directions),
-            },
-        )
+        save_unlearned(self.base_folder, folder, self.window.trained_tensors(), self.stored, extra_files)
 
     def run_record(self) -> dict[str, Any]:
         """What is needed to audit and repeat the run."""
         steps = [entry for entry in self.state.log_history if "loss" in entry]
+        evaluations = [entry for entry in self.state.log_history if "eval_forget_accuracy" in entry]
         revision = (
             self.base_folder.name
             if self.base_folder and self.base_folder.parent.name == "snapshots"
@@ -280,12 +283,14 @@ class RMUTrainer(Trainer):
             "base": self.base_name,
             "base_revision": revision,
             "settings": self.args.method_settings(),
+            "calibration": self.calibration,
             "trained_tensors": self.window.trained_names,
             "topics": len(self.alphas),
             "passes_over_forget_corpora": self.train_dataset.passes(),
             "first_batch_coefficients": self.coefficient.state(),
             "steps": self.state.global_step,
             "update_rounding": self.rounding.record() if self.rounding else None,
+            "stopped_by": self.stopped_by,
             "train_seconds": self._seconds,
             "peak_memory_bytes": peak_memory_bytes(self.args.device),
             "device": device_name(self.args.device),
@@ -297,6 +302,7 @@ class RMUTrainer(Trainer):
                 "safetensors": safetensors.__version__,
             },
             "history": steps,
+            "evaluations": evaluations,
         }
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:
@@ -325,19 +331,40 @@ class RMUTrainer(Trainer):
         self.directions = self.directions.to(self.args.device)
 
 
-def _window_of(model: PreTrainedModel, args: RMUConfig) -> LayerWindow:
-    return LayerWindow(
-        model,
-        args.layer,
-        trained_layers=args.trained_layers,
-        trained_parameters=args.trained_parameters,
-        parameter_dtype=None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype),
+def make_window(
+    model: Path | PreTrainedModel, args: RMUConfig, trust_remote_code: bool = False
+) -> LayerWindow:
+    """The window that the settings ask for, on a model folder or on a model in memory."""
+    settings: dict[str, Any] = {
+        "trained_layers": args.trained_layers,
+        "trained_parameters": args.trained_parameters,
+        "parameter_dtype": None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype),
+    }
+    window: type[LayerWindow] = LayerWindow
+    if args.lora_rank:
+        window = LoRAWindow
+        settings |= {"rank": args.lora_rank, "alpha": args.lora_alpha}
+        # Adapters are drawn at random, and Trainer seeds only after this.
+        set_seed(args.seed)
+    if isinstance(model, PreTrainedModel):
+        return window(model, int(args.layer), **settings)
+    return window.from_pretrained(
+        str(model), int(args.layer), **load_arguments(args, trust_remote_code), **settings
     )
 
 
 def noise_seed(seed: int, row: int) -> int:
     """The seed of a batch's noise: of the run's seed and the batch's first row, so that a resumed run draws the same."""
     return int(np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def load_arguments(args: RMUConfig, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The arguments of ``from_pretrained`` for the base model that the settings ask for."""
+    arguments: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": trust_remote_code}
+    if args.quantization != "none":
+        arguments["quantization_config"] = quantization_config(args.quantization)
+        arguments["device_map"] = {"": args.device}
+    return arguments
 
 
 def peak_memory_bytes(device: torch.device) -> int:

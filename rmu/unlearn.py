@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from transformers import set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
+from rmu.callbacks import EvaluationCallback, PlateauCallback
 from rmu.checkpoint import (
     as_safetensors,
     check_disk_space,
     check_output_folder,
     has_only_pickles,
     local_folder,
-    weight_files,
+    stored_tensors,
 )
 from rmu.compat import released_settings
 from rmu.config import RMUConfig, UnlearningArguments
 from rmu.data import load_corpus
-from rmu.trainer import RMUTrainer
+from rmu.trainer import RMUTrainer, load_arguments
 
 
 def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
@@ -33,7 +34,7 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
     check_output_folder(output, ("checkpoint-", "runs") if config.resume_from_checkpoint else ())
     folder = local_folder(arguments.model)
     if not (arguments.allow_pickle and has_only_pickles(folder)):
-        weight_files(folder)
+        stored_tensors(folder)
 
     def corpora(name: str) -> list:
         return [
@@ -51,18 +52,57 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
         if arguments.allow_pickle and has_only_pickles(folder):
             base = str(stack.enter_context(as_safetensors(folder, output)))
         set_seed(config.seed)
+        whole = None
+        if arguments.evaluate_every:
+            # The window is built on its layers, so that they are in memory once.
+            whole = AutoModelForCausalLM.from_pretrained(
+                base, **load_arguments(config, arguments.trust_remote_code)
+            )
         trainer = RMUTrainer(
-            base, config, forget=forget, retain=retain, trust_remote_code=arguments.trust_remote_code
+            whole or base,
+            config,
+            forget=forget,
+            retain=retain,
+            trust_remote_code=arguments.trust_remote_code,
         )
+        add_callbacks(trainer, arguments, whole)
         trainer.base_name = arguments.model
-        assert trainer.stored is not None
-        check_disk_space(Path(base), output, (entry.file for entry in trainer.stored.values()))
+        if trainer.stored is not None:
+            check_disk_space(Path(base), output, (entry.file for entry in trainer.stored.values()))
         print(describe(trainer))
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
         if trainer.rounding:
             print(trainer.rounding.summary())
         trainer.save_model()
     return output
+
+
+def add_callbacks(trainer: RMUTrainer, arguments: UnlearningArguments, whole: PreTrainedModel | None) -> None:
+    """Add what ``arguments`` ask for during training; ``whole`` is the model to evaluate.
+
+    Raises:
+        ValueError: settings that contradict each other.
+    """
+    if whole is None:
+        for name in ("forget_tasks", "retain_tasks", "stop_forget_accuracy", "stop_retain_drop"):
+            if getattr(arguments, name) not in (None, []):
+                raise ValueError(f"evaluate_every: got 0, expected at least 1 step for {name}")
+    else:
+        trainer.add_callback(
+            EvaluationCallback(
+                trainer,
+                whole,
+                every=arguments.evaluate_every,
+                forget_tasks=arguments.forget_tasks,
+                retain_tasks=arguments.retain_tasks,
+                include_path=arguments.include_path,
+                limit=arguments.evaluate_limit,
+                stop_forget_accuracy=arguments.stop_forget_accuracy,
+                stop_retain_drop=arguments.stop_retain_drop,
+            )
+        )
+    if arguments.stop_plateau is not None:
+        trainer.add_callback(PlateauCallback(trainer, arguments.stop_plateau))
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -85,6 +125,7 @@ def describe(trainer: RMUTrainer) -> str:
     lines = [
         f"{args.method} at layer {args.layer}: {target}, alpha = {args.alpha}, {schedule.steps} steps of "
         f"{schedule.rows} + {schedule.rows} rows, learning rate {args.learning_rate:g} ({args.device})",
+        *trainer.calibration,
         f"topics: {len(schedule.forget)}; passes over each forget corpus: {passes}"
         + ("  (a corpus that ends is read again)" if max(schedule.passes()) > 1 else ""),
         f"trained tensors: {len(shapes)}, in {window.trained[0].dtype}",

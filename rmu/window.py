@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,9 +148,12 @@ class LayerWindow(nn.Module):
             }
             for i in range(self.first_layer, layer + 1)
         ]
-        self.trained = nn.ParameterList(
-            nn.Parameter(tensors[n].detach().to(parameter_dtype or tensors[n].dtype, copy=True))
-            for n in self.trained_names
+        self.trained = self._trainable({n: tensors[n] for n in self.trained_names}, parameter_dtype)
+
+    def _trainable(self, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> nn.ParameterList:
+        """The parameters to train for the selected tensors of the model."""
+        return nn.ParameterList(
+            nn.Parameter(tensor.detach().to(dtype or tensor.dtype, copy=True)) for tensor in tensors.values()
         )
 
     @classmethod
@@ -166,16 +169,8 @@ class LayerWindow(nn.Module):
         **load_arguments: Any,
     ) -> LayerWindow:
         """Read only layers ``0..l`` of a model folder or hub id: no layer above them, no language-model head."""
-        config = AutoConfig.from_pretrained(
-            model, trust_remote_code=load_arguments.get("trust_remote_code", False)
-        )
-        text_config = config.get_text_config()
-        check_layer(layer, text_config.num_hidden_layers)
-        truncate_config(text_config, layer + 1)
-        with _quiet_loading():
-            base = AutoModel.from_pretrained(model, config=config, dtype=dtype, **load_arguments)
         return cls(
-            base,
+            load_layers(model, layer, dtype=dtype, **load_arguments),
             layer,
             trained_layers=trained_layers,
             trained_parameters=trained_parameters,
@@ -220,13 +215,14 @@ class LayerWindow(nn.Module):
             calls.append((args, kwargs))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            states["hidden"] = _hidden_state(output).detach()
+            states["hidden"] = hidden_state(output).detach()
             raise _ReachedLayer
 
         handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self._window]
         handles.append(self._window[-1].register_forward_hook(leave))
         try:
-            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            with self.original():
+                self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         except _ReachedLayer:
             pass
         finally:
@@ -245,13 +241,42 @@ class LayerWindow(nn.Module):
         ):
             dtypes = dict(layer.named_parameters()) if local_names else {}
             tensors = {name: self.trained[j].to(dtypes[name].dtype) for name, j in local_names.items()}
-            hidden = _hidden_state(functional_call(layer, tensors, (hidden, *args), kwargs))
+            hidden = hidden_state(functional_call(layer, tensors, (hidden, *args), kwargs))
         return hidden
 
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """``(name, tensor)`` of every trained tensor, detached, by its name in the whole causal model."""
         for name, parameter in zip(self.trained_names, self.trained, strict=True):
             yield name, parameter.detach()
+
+    def original(self) -> AbstractContextManager[None]:
+        """Within the block the wrapped model has its original weights; here it always has."""
+        return nullcontext()
+
+    @contextmanager
+    def trained_in(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within the block a whole causal model has the trained tensors, cast to its dtype, in place of its own.
+
+        Its own come back at the end, whatever happens. The model may be the one this window wraps.
+
+        Raises:
+            ValueError: the model lacks one of the tensors, or has it in another shape.
+        """
+        parameters = dict(model.named_parameters())
+        for name, tensor in self.trained_tensors():
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                raise ValueError(
+                    f"model: {type(model).__name__} has no tensor {name} of shape {list(tensor.shape)}, "
+                    "expected the whole model of this window"
+                )
+        kept = {name: parameters[name].data for name in self.trained_names}
+        try:
+            for name, tensor in self.trained_tensors():
+                parameters[name].data = tensor.to(parameters[name])
+            yield
+        finally:
+            for name, data in kept.items():
+                parameters[name].data = data
 
     @torch.no_grad()
     def load_trained_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -270,6 +295,18 @@ class LayerWindow(nn.Module):
             parameter.copy_(tensors[name])
 
 
+def load_layers(model: str, layer: int, **load_arguments: Any) -> PreTrainedModel:
+    """The base model of a folder or hub id with layers ``0..layer`` only, and no language-model head."""
+    config = AutoConfig.from_pretrained(
+        model, trust_remote_code=load_arguments.get("trust_remote_code", False)
+    )
+    text_config = config.get_text_config()
+    check_layer(layer, text_config.num_hidden_layers)
+    truncate_config(text_config, layer + 1)
+    with _quiet_loading():
+        return AutoModel.from_pretrained(model, config=config, **load_arguments)
+
+
 def truncate_config(config: Any, number: int) -> None:
     """Make ``config`` that of a model with ``number`` layers; lists with one entry a layer (``layer_types``) are cut too."""
     full = config.num_hidden_layers
@@ -279,7 +316,7 @@ def truncate_config(config: Any, number: int) -> None:
     config.num_hidden_layers = number
 
 
-def _hidden_state(output: Any) -> Tensor:
+def hidden_state(output: Any) -> Tensor:
     """A layer returns its hidden state alone, or (falcon, bloom) first in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 

@@ -93,9 +93,9 @@ def check_mask(name: str, mask: Tensor | None, hidden_name: str, hidden: Tensor)
 
 
 def check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite breaks the graph of a compiled caller
         raise ValueError(f"{name} must be finite, got {value}")
 
 

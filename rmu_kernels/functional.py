@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rmu_kernels import checks, reference
+from rmu_kernels import checks, ops, reference
 from rmu_kernels.backend import resolve_backend
 from rmu_kernels.reference import Term
 
 
 def _loss(term: Term, reduction: str, backend: str) -> Tensor:
-    resolve_backend(term.hidden, backend)
+    if resolve_backend(term.hidden, backend) == "triton":
+        return ops.fused_loss(term, reduction=reduction)[0]
     return reference.term_loss(term, reduction)
 
 
@@ -132,8 +133,8 @@ def adaptive_coefficient(
         raise ValueError(
             f"scope 'sequence' needs frozen_hidden of shape [B, T, D], got {list(frozen_hidden.shape)}"
         )
-    resolve_backend(frozen_hidden, backend)
-    norms = reference.token_norm(frozen_hidden.detach())
+    on_triton = resolve_backend(frozen_hidden, backend) == "triton"
+    norms = (ops if on_triton else reference).token_norm(frozen_hidden.detach())
     return scale * reference.reduce_norms(norms, mask, scope, statistic)
 
 
@@ -236,13 +237,15 @@ def rmu_loss(
         noise=retain_noise,
         seed=seed,
         relative=relative,
+        stream=1,
     )
-    resolve_backend(forget, backend)
-    loss, forget_loss, retain_loss, values = reference.rmu_loss(
-        forget_term, retain_term, alpha, reduction, metrics
+    on_triton = resolve_backend(forget, backend) == "triton"
+    rmu = ops.fused_loss if on_triton else reference.rmu_loss
+    loss, parts = rmu(forget_term, retain_term, float(alpha), reduction, metrics)
+    forget_loss, retain_loss, *measured = parts.unbind()
+    return RMULossOutput(
+        loss, forget_loss, retain_loss, dict(zip(reference.METRICS, measured, strict=bool(metrics)))
     )
-    measured = dict(zip(reference.NORM_METRICS, values, strict=True)) if metrics else {}
-    return RMULossOutput(loss, forget_loss, retain_loss, measured)
 
 
 def _check_forget_target(direction, coefficient, frozen_forget, scale, forget_noise) -> None:

@@ -2,12 +2,21 @@
 
 from torch import Tensor, nn
 
+from rmu_kernels import checks, reference
+from rmu_kernels.backend import BACKENDS
 from rmu_kernels.functional import RMULossOutput, rmu_loss
 
 
 class _RMULoss(nn.Module):
     def __init__(self, direction: Tensor, alpha: float, **settings):
         super().__init__()
+        checks.check_tensor("direction", direction)
+        if direction.ndim not in (1, 2):
+            raise ValueError(f"direction must have the shape [D] or [B, D], got {list(direction.shape)}")
+        checks.check_number("alpha", alpha)
+        checks.check_not_negative("retain_noise", settings["retain_noise"])
+        checks.check_choice("reduction", settings["reduction"], reference.REDUCTIONS[:3])
+        checks.check_choice("backend", settings["backend"], BACKENDS)
         self.register_buffer("direction", direction.detach())
         self.alpha = alpha
         self.settings = settings
@@ -37,6 +46,7 @@ class RMULoss(_RMULoss):
         super().__init__(
             direction, alpha, retain_noise=retain_noise, reduction=reduction, metrics=metrics, backend=backend
         )
+        checks.check_number("coefficient", coefficient)
         self.coefficient = coefficient
 
     def forward(
@@ -90,6 +100,7 @@ class AdaptiveRMULoss(_RMULoss):
             metrics=metrics,
             backend=backend,
         )
+        checks.check_number("scale", scale)
         self.scale = scale
 
     def forward(

@@ -1,4 +1,4 @@
-"""The losses in plain PyTorch: the definition, the oracle of the tests and the path for tensors without a kernel."""
+"""The losses in plain PyTorch: the definition, the tests' oracle, and the path for tensors without a kernel."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("mean", "sequence_mean", "sum", "none")
-SMALLEST_SQUARED_NORM = 1e-12  # ||h0||^2 below this is taken as this, where a loss or a cosine divides by it
-NORM_METRICS = ("forget_norm", "forget_cosine", "coefficient_mean", "retain_norm", "retain_cosine")
+METRICS = ("forget_norm", "forget_cosine", "coefficient_mean", "retain_norm", "retain_cosine")
+# Norms and squared norms below these count as these where something is divided by them.
+SMALLEST_NORM = SMALLEST_SQUARED_NORM = 1e-12
 
 
 class Term(NamedTuple):
@@ -17,7 +18,7 @@ class Term(NamedTuple):
 
     with a_t = `coefficient`, or `scale` * ||frozen_t|| when `scale` is given; without a direction a_t is 0.
     `relative` divides a token's error by ||frozen_t||^2. Tokens whose `mask` is zero count nothing.
-    Shapes as in `rmu_kernels.functional`, which checks them.
+    Terms of one loss share a `seed` and differ in `stream`. Shapes as in `rmu_kernels.functional`, which checks them.
     """
 
     hidden: Tensor
@@ -27,108 +28,192 @@ class Term(NamedTuple):
     scale: float | None = None
     mask: Tensor | None = None
     keep_frozen: bool = False
+    relative: bool = False
     noise: float = 0.0
     seed: Tensor | int | None = None
-    relative: bool = False
+    stream: int = 0
+
+
+class Wanted(NamedTuple):
+    """What a launch is to compute."""
+
+    loss: bool = True
+    metrics: bool = False
+    forget_gradient: bool = False
+    retain_gradient: bool = False
+
+
+class Rows(NamedTuple):
+    """What it computed; what was not wanted is None.
+
+    loss: 0-d, or a value per token for "none". parts: `[2]`, or `[7]` with metrics, as of `rmu_loss`; None for "none".
+    """
+
+    loss: Tensor | None = None
+    parts: Tensor | None = None
+    forget_gradient: Tensor | None = None
+    retain_gradient: Tensor | None = None
 
 
 class TokenValues(NamedTuple):
-    """Per token, in fp32: the squared error summed over features, and what the metrics average."""
+    """A term, token by token, in fp32 (fp64 for fp64) and zero where masked; the target is without noise."""
 
-    error: Tensor
-    norm: Tensor
-    cosine: Tensor
-    coefficient: Tensor
+    hidden: Tensor  # [..., D]
+    target: Tensor  # [..., D]
+    difference: Tensor  # [..., D], hidden - target - noise
+    coefficient: Tensor  # [...]
+    divisor: Tensor | float  # [...], of the squared error
 
 
 def token_norm(hidden: Tensor) -> Tensor:
     """||h|| of every token, in fp32 (fp64 for fp64)."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return torch.linalg.vector_norm(hidden, dim=-1, dtype=dtype)
+    return torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 
-def gaussian_noise(like: Tensor, seed: Tensor | int) -> Tensor:
-    """Standard normal values shaped as `like`: the same for the same seed on the same device."""
-    generator = torch.Generator(device=like.device).manual_seed(int(seed))
+@torch.library.custom_op(
+    "rmu_kernels::gaussian_noise",
+    mutates_args=(),
+    schema="(Tensor like, SymInt seed, Tensor? seed_tensor, int stream) -> Tensor",
+)
+def gaussian_noise(like, seed, seed_tensor, stream):
+    """Standard normal values shaped as `like`, the same for the same seed on the same device.
+
+    An operator because compilers cannot trace a generator.
+    """
+    seed = seed if seed_tensor is None else int(seed_tensor)
+    # The CPU's generator keeps 32 bits of a seed: these depend on all of it (Fibonacci hashing).
+    mixed = (2 * seed + stream) * 0x9E3779B97F4A7C15 % 2**64 >> 32
+    generator = torch.Generator(device=like.device).manual_seed(mixed)
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
-def over_tokens(values: Tensor, tokens: torch.Size) -> Tensor:
-    """`[B]` or 0-d values, one for every token of `[B, T]`."""
-    if values.ndim < len(tokens) and values.ndim > 0:
-        values = values[:, None]
-    return values.expand(tokens)
+@gaussian_noise.register_fake
+def _(like, seed, seed_tensor, stream):
+    return like.new_empty(like.shape)
 
 
 def token_values(term: Term) -> TokenValues:
     dtype = torch.promote_types(term.hidden.dtype, torch.float32)
-    counted = None if term.mask is None else (term.mask != 0).unsqueeze(-1)
+    tokens = term.hidden.shape[:-1]
+    counted = None if term.mask is None else (term.mask != 0)[..., None]
 
-    def rows(hidden: Tensor) -> Tensor:
-        # Masked before any arithmetic: what a masked row holds, NaN included, reaches neither loss nor gradient.
-        hidden = hidden.to(dtype)
-        return hidden if counted is None else torch.where(counted, hidden, 0.0)
+    def masked(rows: Tensor) -> Tensor:
+        # By selection, not by a product: what a masked row holds, NaN included, reaches neither loss nor gradient.
+        return rows if counted is None else torch.where(counted, rows, 0.0)
 
-    hidden = rows(term.hidden)
-    tokens = hidden.shape[:-1]
-    frozen = None if term.frozen is None else rows(term.frozen)
+    hidden = masked(term.hidden.to(dtype))
+    frozen = None if term.frozen is None else masked(term.frozen.to(dtype))
     squared_norm = None if frozen is None else frozen.square().sum(-1)
 
-    target = torch.zeros_like(hidden)
-    coefficient = torch.zeros(tokens, dtype=dtype, device=hidden.device)
-    if term.direction is not None:
+    coefficient = hidden.new_zeros(tokens)
+    if term.direction is None:
+        target = torch.zeros_like(hidden)
+    else:
         if term.scale is not None:
             coefficient = term.scale * squared_norm.sqrt()
         elif isinstance(term.coefficient, Tensor):
-            coefficient = over_tokens(term.coefficient.to(dtype), tokens)
+            given = term.coefficient.to(dtype)
+            coefficient = (given[:, None] if 0 < given.ndim < len(tokens) else given).expand(tokens)
         else:
             coefficient = torch.full_like(coefficient, term.coefficient)
-        if counted is not None:
-            coefficient = torch.where(counted.squeeze(-1), coefficient, 0.0)
+        coefficient = masked(coefficient[..., None])
         direction = term.direction.to(dtype)
-        if direction.ndim == 2:
-            direction = direction[:, None, :]
-        target = coefficient[..., None] * direction
+        target = masked(coefficient * (direction if direction.ndim == 1 else direction[:, None, :]))
+        coefficient = coefficient[..., 0]
     if term.keep_frozen:
         target = target + frozen
     difference = hidden - target
     if term.noise:
-        difference = difference - rows(term.noise * gaussian_noise(hidden, term.seed))
-    error = difference.square().sum(-1)
-    if counted is not None:
-        error = torch.where(counted.squeeze(-1), error, 0.0)  # a direction's NaN times a zero coefficient
-    if term.relative:
-        error = error / squared_norm.clamp(min=SMALLEST_SQUARED_NORM)
-
-    with torch.no_grad():
-        norm = hidden.square().sum(-1).sqrt()
-        squared_norms = (norm.square() * target.square().sum(-1)).clamp(min=SMALLEST_SQUARED_NORM**2)
-        cosine = (hidden * target).sum(-1) / squared_norms.sqrt()
-    return TokenValues(error, norm, cosine, coefficient)
+        seeds = (0, term.seed) if isinstance(term.seed, Tensor) else (term.seed, None)
+        noise = gaussian_noise(hidden.detach(), *seeds, term.stream)
+        difference = difference - masked(term.noise * noise)
+    divisor = squared_norm.clamp(min=SMALLEST_SQUARED_NORM) if term.relative else 1.0
+    return TokenValues(hidden, target, difference, coefficient, divisor)
 
 
-def mean_over_counted(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over counted tokens; 0 where none is. Masked values must be 0 already."""
-    if mask is None:
-        return values.sum() / max(values.numel(), 1)
-    return values.sum() / (mask != 0).sum().clamp(min=1)
-
-
-def reduce_errors(error: Tensor, mask: Tensor | None, features: int, reduction: str) -> Tensor:
-    if reduction == "none":
-        return error / features
+def token_weights(term: Term, reduction: str) -> Tensor | float:
+    """The weight of every token's squared error in the loss; a masked token's error is 0, whatever its weight."""
+    features = term.hidden.shape[-1]
     if reduction == "sum":
-        return error.sum()
+        return 1.0
+    if reduction == "none":
+        return 1.0 / features
+    if term.mask is None:  # the sequences are equally long, so that "sequence_mean" is "mean"
+        return 1.0 / max(term.hidden.numel(), 1)
+    counted = term.mask != 0
     if reduction == "mean":
-        return mean_over_counted(error, mask) / features
-    counted = torch.ones_like(error) if mask is None else (mask != 0).to(error.dtype)
-    lengths = counted.sum(1)
-    sequence_means = error.sum(1) / lengths.clamp(min=1)
-    return sequence_means.sum() / (lengths > 0).sum().clamp(min=1) / features
+        return 1.0 / (features * counted.sum().clamp(min=1))
+    lengths = counted.sum(1, keepdim=True)
+    return 1.0 / (features * lengths.clamp(min=1) * (lengths > 0).sum().clamp(min=1))
+
+
+def reduce_errors(term: Term, values: TokenValues, reduction: str) -> Tensor:
+    errors = values.difference.square().sum(-1) / values.divisor * token_weights(term, reduction)
+    return errors if reduction == "none" else errors.sum()
 
 
 def term_loss(term: Term, reduction: str) -> Tensor:
-    return reduce_errors(token_values(term).error, term.mask, term.hidden.shape[-1], reduction)
+    return reduce_errors(term, token_values(term), reduction)
+
+
+def term_gradient(term: Term, reduction: str, grad_output: Tensor | float = 1.0) -> Tensor:
+    """The gradient of `term_loss` by `hidden`, written out, in the dtype of `hidden`."""
+    values = token_values(term)
+    weights = 2.0 * grad_output * token_weights(term, reduction) / values.divisor
+    if isinstance(weights, Tensor):
+        weights = weights[..., None]
+    return (weights * values.difference).to(term.hidden.dtype).contiguous()
+
+
+def mean_over_counted(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over counted tokens of values that are 0 elsewhere; 0 where none is counted."""
+    return values.sum() / (max(values.numel(), 1) if mask is None else (mask != 0).sum().clamp(min=1))
+
+
+@torch.no_grad()
+def term_metrics(term: Term, values: TokenValues) -> list[Tensor]:
+    """||h||, the cosine of h and its target, and the coefficient: means over counted tokens."""
+    norm = token_norm(values.hidden)
+    product = (values.hidden * values.target).sum(-1)
+    cosine = product / (norm * token_norm(values.target)).clamp(min=SMALLEST_NORM)
+    return [mean_over_counted(v, term.mask) for v in (norm, cosine, values.coefficient)]
+
+
+def rmu_loss(
+    forget: Term, retain: Term, alpha: float, reduction: str, metrics: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss; and, detached, `[2]` or `[7]`: forget loss, retain loss, then with metrics those in METRICS."""
+    forget_values, retain_values = token_values(forget), token_values(retain)
+    forget_loss = reduce_errors(forget, forget_values, reduction)
+    retain_loss = reduce_errors(retain, retain_values, reduction)
+    parts = [forget_loss.detach(), retain_loss.detach()]
+    if metrics:
+        parts += term_metrics(forget, forget_values) + term_metrics(retain, retain_values)[:2]
+    return forget_loss + alpha * retain_loss, torch.stack(parts)
+
+
+@torch.no_grad()
+def rows(
+    forget: Term,
+    retain: Term | None,
+    alpha: float,
+    reduction: str,
+    wanted: Wanted,
+    grad_output: Tensor | None = None,
+) -> Rows:
+    """The twin of `launch.launch_rows`: the loss forget + alpha * retain, and its gradients times grad_output."""
+    loss = parts = forget_gradient = retain_gradient = None
+    if wanted.loss and retain is None:
+        loss = term_loss(forget, reduction)
+        parts = None if reduction == "none" else torch.stack([loss, torch.zeros_like(loss)])
+    elif wanted.loss:
+        loss, parts = rmu_loss(forget, retain, alpha, reduction, wanted.metrics)
+    grad_output = 1.0 if grad_output is None else grad_output
+    if wanted.forget_gradient:
+        forget_gradient = term_gradient(forget, reduction, grad_output)
+    if wanted.retain_gradient:
+        retain_gradient = term_gradient(retain, reduction, alpha * grad_output)
+    return Rows(loss, parts, forget_gradient, retain_gradient)
 
 
 def reduce_norms(norms: Tensor, mask: Tensor | None, scope: str, statistic: str) -> Tensor:
@@ -145,21 +230,6 @@ def reduce_norms(norms: Tensor, mask: Tensor | None, scope: str, statistic: str)
     else:
         # The lower median, as torch.median; masked norms sort to the end, and a counted NaN wins.
         ordered = torch.where(counted, norms, torch.inf).sort(1).values
-        middle = ((count - 1) // 2).clamp(min=0)
-        values = ordered.gather(1, middle[:, None])[:, 0]
+        values = ordered.gather(1, ((count - 1) // 2).clamp(min=0)[:, None])[:, 0]
         values = torch.where(norms.isnan().any(1), torch.nan, torch.where(count > 0, values, 0.0))
     return values[0] if scope == "batch" else values
-
-
-def rmu_loss(forget: Term, retain: Term, alpha: float, reduction: str, metrics: bool):
-    """(loss, forget loss, retain loss, metrics in the order of NORM_METRICS or None)"""
-    forget_values, retain_values = token_values(forget), token_values(retain)
-    features = forget.hidden.shape[-1]
-    forget_loss = reduce_errors(forget_values.error, forget.mask, features, reduction)
-    retain_loss = reduce_errors(retain_values.error, retain.mask, features, reduction)
-    measured = None
-    if metrics:
-        pairs = [(forget_values[i], forget.mask) for i in (1, 2, 3)]
-        pairs += [(retain_values[i], retain.mask) for i in (1, 2)]
-        measured = [mean_over_counted(values, mask).detach() for values, mask in pairs]
-    return forget_loss + alpha * retain_loss, forget_loss.detach(), retain_loss.detach(), measured

@@ -21,7 +21,7 @@ from rmu.evaluation import evaluate, load_model
 
 CHANCE = 0.25
 RETAIN = [str(DATA / f"{name}.jsonl.gz") for name in ("retain_glosses", "retain_prose")]
-# Greedy continuations shown side by side; the words are common ones, held out from training.
+# Continued greedily by both models and shown side by side; nothing is scored here.
 PROMPTS = [
     ("forget", "The zebra is an animal that"),
     ("forget", "An oak is a kind of"),

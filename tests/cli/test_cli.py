@@ -60,7 +60,7 @@ def test_runs_as_a_command(place):
     ("changes", "message"),
     [
         ({"layer": "4"}, "layer: got 4, expected 0 to 3"),
-        ({"layer": "two"}, "argument --layer: invalid int value"),
+        ({"layer": "two"}, "argument --layer: got 'two', expected int or auto"),
         ({"trained_parameters": "mlp.nope"}, "a layer (model.layers.0.) has: self_attn.q_proj.weight"),
         ({"text_field": "body"}, "forget[0]"),
         ({"forget": "nowhere.jsonl"}, "forget[0]: no such file"),
@@ -96,6 +96,18 @@ def test_pickles_only_unless_asked(place, capsys):
     new = AutoModelForCausalLM.from_pretrained(place / "out", use_safetensors=True)
     assert torch.equal(new.model.layers[3].mlp.down_proj.weight, model.model.layers[3].mlp.down_proj.weight)
     assert sorted(p.name for p in place.iterdir()) == ["base", "forget.jsonl", "out", "retain.jsonl"]
+
+
+def test_a_folder_without_a_tokenizer(place, capsys):
+    for path in (place / "base").glob("tokenizer*"):
+        path.unlink()
+    fails(capsys, arguments(place), "tokenizer:", "has none that can be read")
+
+
+def test_a_truncated_shard(place, capsys):
+    shard = sorted((place / "base").glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-20])
+    fails(capsys, arguments(place), "model:", "not a valid safetensors file")
 
 
 def test_a_full_disk_leaves_nothing(place, capsys, monkeypatch):

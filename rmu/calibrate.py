@@ -1,0 +1,292 @@
+"""Natural norms of a model on the text to forget, and the layer, c and beta that they suggest.
+
+The rule, and where it comes from:
+
+* **layer**: the last layer of the first quarter, ``ceil(L / 4) - 1`` of ``L`` layers. Published runs hook layer 7 of Zephyr-7B's
+  and Mixtral-8x7B's 32 and layer 15 of Yi-34B's 60; a few models took up to half of the depth.
+* **c** (RMU): three times the median norm there. The published c = 6.5 is about 3 times the 2.1-2.4 of a typical token at layer
+  7 of Zephyr-7B; with c below the natural norm, as from layer 15 on, RMU stops working.
+* **beta** (Adaptive RMU): 5, the published value for every layer tried, since ``beta ||h||`` follows the norm by itself.
+
+The median, and not the mean, because an attention sink is hundreds of times a typical token's norm.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from rmu.checkpoint import local_folder, stored_tensors
+from rmu.data import UnlearningCollator, check_tokenizer, load_tokenizer
+from rmu.window import decoder_layers, hidden_state
+
+COEFFICIENT_PER_NORM = 3.0
+SCALE = 5.0
+# A counted row this many times the median is an attention sink that is neither first nor BOS.
+_OUTLIER = 10.0
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """L2 norms ``||h||`` of the residual stream after one decoder layer.
+
+    Attributes:
+        layer: counted from 0.
+        median, mean, maximum: over the counted tokens.
+        sink_median, sink_maximum: over first and BOS positions, which the losses leave out.
+    """
+
+    layer: int
+    median: float
+    mean: float
+    maximum: float
+    sink_median: float
+    sink_maximum: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What :func:`calibrate` found and proposes.
+
+    Attributes:
+        norms: for each topic, one :class:`LayerNorms` a layer.
+        texts, tokens: for each topic, how many texts and counted tokens were read.
+        layer: proposed hooked layer l.
+        coefficient: proposed c of RMU, one a topic.
+        scale: proposed beta of Adaptive RMU.
+        reasons: why, in sentences.
+    """
+
+    norms: list[list[LayerNorms]]
+    texts: list[int]
+    tokens: list[int]
+    layer: int
+    coefficient: list[float]
+    scale: float
+    reasons: list[str]
+
+
+def propose_layer(number: int) -> int:
+    """The hooked layer for a model of ``number`` decoder layers: the last of the first quarter, but with two below it."""
+    return min(number - 1, max(2, math.ceil(number / 4) - 1))
+
+
+def propose_coefficient(norms: LayerNorms) -> float:
+    """RMU's c at a layer: three times the median norm, to two digits."""
+    return float(f"{COEFFICIENT_PER_NORM * norms.median:.2g}")
+
+
+def reasons(number: int, layer: int, norms: Sequence[LayerNorms]) -> list[str]:
+    """Why a layer, c and beta are proposed; ``norms`` are those of the layer, one a topic."""
+    return [
+        f"layer {layer}: the last of the first quarter of {number} layers, as in published runs of Zephyr-7B and Mixtral-8x7B "
+        "(7 of 32) and Yi-34B (15 of 60)",
+        *(
+            f"c = {propose_coefficient(row):g} for forget[{i}]: {COEFFICIENT_PER_NORM:g} x the median norm {row.median:.3g} at "
+            f"layer {layer}, the ratio of the published c = 6.5 at layer 7 of Zephyr-7B"
+            for i, row in enumerate(norms)
+        ),
+        f"beta = {SCALE:g}: the published value at every layer tried; beta ||h|| follows the norm by itself",
+        *sink_notes(norms),
+    ]
+
+
+def sink_notes(norms: Sequence[LayerNorms]) -> list[str]:
+    """A warning for each topic with an attention sink among the counted tokens; ``norms`` are those of the hooked layer."""
+    return [
+        f"note: the largest counted norm of forget[{i}] is {row.maximum / row.median:.0f} x the median, an attention sink beside "
+        "the first token: a mean over the batch follows it, scope token or statistic median does not"
+        for i, row in enumerate(norms)
+        if row.maximum > _OUTLIER * row.median
+    ]
+
+
+def calibrate(
+    model: str | Path,
+    forget: Sequence[Sequence[Any]],
+    *,
+    samples: int = 64,
+    max_length: int = 512,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Calibration:
+    """Profile natural norms in every layer on the text to forget, and propose layer, c and beta.
+
+    One pass over a sample of each corpus; only the norms are kept. A model larger than the accelerators' and the main memory
+    is read from its files layer by layer.
+
+    Args:
+        model: model folder or hub id.
+        forget: one corpus a topic, each a list of texts or a ``Dataset`` with a column ``text``.
+        samples: texts of each corpus, evenly spaced in it.
+        max_length: maximum tokens of a text.
+        batch_size: texts of a forward pass.
+        dtype: dtype of the weights; ``auto`` is the checkpoint's.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        ValueError: no such model or no safetensors weights, an empty corpus, or texts without a counted token.
+    """
+    for name, value, least in (
+        ("samples", samples, 1),
+        ("max_length", max_length, 2),
+        ("batch_size", batch_size, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name}: got {value}, expected at least {least}")
+    folder = local_folder(model)
+    stored_tensors(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    with tempfile.TemporaryDirectory() as offload:
+        base = AutoModel.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map="auto",
+            offload_folder=offload,
+            trust_remote_code=trust_remote_code,
+        ).eval()
+        number = base.config.get_text_config().num_hidden_layers
+        check_tokenizer(tokenizer, base.config.get_text_config().vocab_size)
+        profiles, texts = [], []
+        for i, corpus in enumerate(forget):
+            rows = sample_texts(corpus, samples, f"forget[{i}]")
+            batches = forget_batches(rows, tokenizer, max_length, batch_size)
+            profiles.append(profile_norms(base, batches, f"forget[{i}]"))
+            texts.append(len(rows))
+    layer = propose_layer(number)
+    chosen = [norms[layer] for norms, _ in profiles]
+    return Calibration(
+        norms=[norms for norms, _ in profiles],
+        texts=texts,
+        tokens=[tokens for _, tokens in profiles],
+        layer=layer,
+        coefficient=[propose_coefficient(row) for row in chosen],
+        scale=SCALE,
+        reasons=reasons(number, layer, chosen),
+    )
+
+
+def sample_texts(corpus: Sequence[Any], samples: int, argument: str = "forget") -> list[str]:
+    """At most ``samples`` texts of a corpus, evenly spaced in it."""
+    if len(corpus) == 0:
+        raise ValueError(f"{argument}: the corpus is empty")
+    number = min(samples, len(corpus))
+    items = (corpus[i * len(corpus) // number] for i in range(number))
+    return [item["text"] if isinstance(item, dict) else item for item in items]
+
+
+def forget_batches(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of texts of similar length as :class:`rmu.data.UnlearningCollator` makes them, sinks and pads not counted."""
+    collator = UnlearningCollator(tokenizer, forget_lengths=[max_length], retain_length=max_length)
+    texts = sorted(texts, key=len)
+    for start in range(0, len(texts), batch_size):
+        yield collator.side(texts[start : start + batch_size], max_length)
+
+
+@torch.no_grad()
+def profile_norms(
+    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], argument: str = "forget"
+) -> tuple[list[LayerNorms], int]:
+    """Norms after every decoder layer of a model, and the number of counted tokens.
+
+    Args:
+        model: a base model (no language-model head needed).
+        batches: ``input_ids``, ``attention_mask`` and ``loss_mask``, each ``[B, T]``.
+        argument: what the batches come from, for the error message.
+    """
+    layers = decoder_layers(model, model.config.get_text_config().num_hidden_layers)
+    collected = [NormStatistics() for _ in layers]
+    masks: dict[str, Tensor] = {}
+
+    def collect(norms: NormStatistics) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: norms.add(hidden_state(output), masks)
+
+    handles = [
+        layer.register_forward_hook(collect(norms)) for layer, norms in zip(layers, collected, strict=True)
+    ]
+    try:
+        for masks in batches:
+            inputs = {name: masks[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [norms.summary(i, argument) for i, norms in enumerate(collected)], len(collected[0])
+
+
+class NormStatistics:
+    """Norms of counted and of sink rows, one fp32 number a token."""
+
+    def __init__(self) -> None:
+        self.counted: list[np.ndarray] = []
+        self.sinks: list[np.ndarray] = []
+
+    def add(self, hidden: Tensor, batch: dict[str, Tensor]) -> None:
+        """Add a batch: ``[B, T, D]`` hidden states, and its ``attention_mask`` and ``loss_mask``."""
+        norms = hidden.float().norm(dim=-1).cpu()
+        counted = batch["loss_mask"].bool()
+        self.counted.append(norms[counted].numpy())
+        self.sinks.append(norms[batch["attention_mask"].bool() & ~counted].numpy())
+
+    def __len__(self) -> int:
+        return sum(map(len, self.counted))
+
+    def summary(self, layer: int, argument: str) -> LayerNorms:
+        """The norms of all batches together.
+
+        Raises:
+            ValueError: no counted token; names ``argument``.
+        """
+        if len(self) == 0:
+            raise ValueError(f"{argument}: no text has a token beside its first, expected longer texts")
+        counted, sinks = np.concatenate(self.counted), np.concatenate(self.sinks)
+        values = (np.median(counted), counted.mean(), counted.max(), np.median(sinks), sinks.max())
+        return LayerNorms(layer, *(float(value) for value in values))
+
+
+def table(calibration: Calibration, topic: int) -> str:
+    """The norms of a topic as text, the proposed layer marked."""
+    lines = [
+        f"{'layer':>5} {'median':>9} {'mean':>9} {'max':>9} {'sink median':>12} {'sink max':>9}",
+        *(
+            f"{row.layer:5} {row.median:9.4g} {row.mean:9.4g} {row.maximum:9.4g} {row.sink_median:12.4g} "
+            f"{row.sink_maximum:9.4g}{'  <- proposed' if row.layer == calibration.layer else ''}"
+            for row in calibration.norms[topic]
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def write_calibration(calibration: Calibration, folder: str | Path) -> list[Path]:
+    """Write ``calibration.json`` and a figure a topic, ``natural_norms_0.png``, ...; returns their paths.
+
+    Raises:
+        ImportError: matplotlib is missing; the JSON file has been written then.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "calibration.json"]
+    paths[0].write_text(json.dumps(asdict(calibration), indent=1))
+    from rmu.figures import LIGHT, natural_norms, render
+
+    for i, norms in enumerate(calibration.norms):
+
+        def draw(theme, norms=norms, coefficient=calibration.coefficient[i]):
+            return natural_norms(norms, calibration.layer, coefficient, theme)
+
+        paths.append(folder / f"natural_norms_{i}.png")
+        paths[-1].write_bytes(render(draw, LIGHT, "png"))
+    return paths

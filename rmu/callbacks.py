@@ -1,0 +1,176 @@
+"""Accuracy during training, measured in memory, and early stops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rmu.evaluation import evaluate_tasks
+
+if TYPE_CHECKING:
+    from rmu.trainer import RMUTrainer
+
+# A loss that falls by less than this share counts as one that does not fall.
+_PLATEAU_DECREASE = 0.01
+
+
+class EvaluationCallback(TrainerCallback):
+    """Measures task accuracy before the first step, every ``every`` steps and after the last, and may stop the run.
+
+    The trained tensors are put into a whole model in memory, and its own come back afterwards; nothing is written. Accuracies
+    are logged as ``eval_forget_accuracy`` and ``eval_retain_accuracy``. The run stops once every target given holds.
+
+    Args:
+        trainer: the trainer that it is added to (``trainer.add_callback``).
+        model: the whole causal model with its original weights; may share its layers with the trainer's window.
+        every: optimizer steps between measurements.
+        forget_tasks, retain_tasks: lm-evaluation-harness tasks. Of a task whose questions carry a side, as the demo's do, only
+            the questions of that side count, so that both may name the same task. Accuracy is over all questions together.
+        include_path: a folder of task files.
+        limit: at most this many questions a task.
+        batch_size: requests of a forward pass.
+        stop_forget_accuracy: stop when forget accuracy, from 0 to 1, is at most this.
+        stop_retain_drop: but only while retain accuracy lies at most this much (0.02: two points) below that of the original
+            model.
+
+    Raises:
+        ValueError: a target without what it needs, or a run on several processes.
+    """
+
+    def __init__(
+        self,
+        trainer: RMUTrainer,
+        model: PreTrainedModel,
+        *,
+        every: int,
+        forget_tasks: Sequence[str],
+        retain_tasks: Sequence[str] = (),
+        include_path: str | Path | None = None,
+        limit: int | None = None,
+        batch_size: int = 32,
+        stop_forget_accuracy: float | None = None,
+        stop_retain_drop: float | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"evaluate_every: got {every}, expected at least 1 step")
+        if not forget_tasks:
+            raise ValueError("forget_tasks: got none, expected the tasks to evaluate during training")
+        if stop_retain_drop is not None and (stop_forget_accuracy is None or not retain_tasks):
+            raise ValueError(
+                "stop_retain_drop: it holds from the start, expected stop_forget_accuracy and retain_tasks beside it"
+            )
+        for name, value in (
+            ("stop_forget_accuracy", stop_forget_accuracy),
+            ("stop_retain_drop", stop_retain_drop),
+        ):
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}: got {value}, expected a share from 0 to 1")
+        if trainer.args.world_size > 1:
+            raise ValueError(
+                f"evaluate_every: got {every} with {trainer.args.world_size} processes, evaluation during training runs on one"
+            )
+        self.trainer, self.model, self.every = trainer, model, every
+        self.tasks = {"forget": tuple(forget_tasks), "retain": tuple(retain_tasks)}
+        self.include_path, self.limit, self.batch_size = include_path, limit, batch_size
+        self.stop_forget_accuracy, self.stop_retain_drop = stop_forget_accuracy, stop_retain_drop
+        self.before: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A model loaded with a device map is where it belongs, and in 8 bits it cannot be moved.
+        if not hasattr(self.model, "hf_device_map"):
+            self.model.to(args.device)
+        self.model.eval()
+        with self.trainer.window.original():
+            self.before = self._measure()
+        if state.global_step == 0:
+            self._log(self.before)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % self.every and state.global_step < state.max_steps:
+            return
+        with self.trainer.window.trained_in(self.model):
+            now = self._measure()
+        self._log(now)
+        reason = self._reached(now)
+        if reason:
+            stop(self.trainer, control, reason)
+
+    def _measure(self) -> dict[str, float]:
+        tokenizer = self.trainer.processing_class
+        rows = {
+            tasks: evaluate_tasks(
+                self.model, tokenizer, tasks, self.include_path, self.batch_size, self.limit
+            )
+            for tasks in dict.fromkeys(self.tasks.values())
+            if tasks
+        }
+        return {side: side_accuracy(rows[tasks], side) for side, tasks in self.tasks.items() if tasks}
+
+    def _log(self, accuracy: dict[str, float]) -> None:
+        self.trainer.log({f"eval_{side}_accuracy": value for side, value in accuracy.items()})
+
+    def _reached(self, now: dict[str, float]) -> str | None:
+        if self.stop_forget_accuracy is None or now["forget"] > self.stop_forget_accuracy:
+            return None
+        reason = f"forget accuracy {now['forget']:.3f} <= {self.stop_forget_accuracy:g}"
+        if self.stop_retain_drop is None:
+            return reason
+        drop = self.before["retain"] - now["retain"]
+        if drop > self.stop_retain_drop:
+            return None
+        return f"{reason}, retain accuracy drop {drop:.3f} <= {self.stop_retain_drop:g}"
+
+
+class PlateauCallback(TrainerCallback):
+    """Stops the run when the logged loss has not fallen by 1 % below its lowest for ``steps`` optimizer steps.
+
+    The loss is logged as a mean over ``logging_steps``: with several topics, whose losses differ, a multiple of their number.
+    """
+
+    def __init__(self, trainer: RMUTrainer, steps: int) -> None:
+        if steps < 1:
+            raise ValueError(f"stop_plateau: got {steps}, expected at least 1 step")
+        self.trainer, self.steps = trainer, steps
+        self.lowest, self.lowest_step = math.inf, 0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        if logs["loss"] < self.lowest * (1 - _PLATEAU_DECREASE):
+            self.lowest, self.lowest_step = logs["loss"], state.global_step
+        elif state.global_step - self.lowest_step >= self.steps:
+            stop(self.trainer, control, f"loss {self.lowest:.4g} not lower for {self.steps} steps")
+
+
+def side_accuracy(rows: Sequence[dict[str, Any]], side: str) -> float:
+    """Accuracy over all questions of one side, of rows as ``evaluate_tasks`` gives them; a task without sides is of any.
+
+    Raises:
+        ValueError: no question is of that side.
+    """
+    counted = [row for row in rows if row["side"] in (side, None) and row["domain"] in ("all", None)]
+    if not counted:
+        raise ValueError(f"{side}_tasks: none of their questions is of the {side} side")
+    return sum(row["n"] * row["accuracy"] for row in counted) / sum(row["n"] for row in counted)
+
+
+def stop(trainer: RMUTrainer, control: TrainerControl, reason: str) -> None:
+    """End training after this step and keep the reason for the run's record."""
+    control.should_training_stop = True
+    trainer.stopped_by = f"step {trainer.state.global_step}: {reason}"
+    print(f"stopped at {trainer.stopped_by}")

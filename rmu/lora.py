@@ -1,0 +1,155 @@
+"""LoRA adapters in place of whole tensors (Hu et al. 2021, arXiv 2106.09685), through PEFT."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from rmu.checkpoint import staged
+from rmu.window import FrozenPass, LayerWindow, hidden_state, load_layers
+
+ADAPTER_FILE = "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
+
+
+class LoRAWindow(LayerWindow):
+    """A :class:`LayerWindow` whose selected weights keep their values and get a low-rank adapter each.
+
+    The adapters are PEFT's, put into the wrapped model's layers; the frozen model is the same model with them disabled.
+
+    Args:
+        model, layer, trained_layers, trained_parameters, parameter_dtype: as for :class:`LayerWindow`; the selected tensors must
+            be weights of linear layers, and ``parameter_dtype`` is the adapters' (default: PEFT's choice, float32 for a model in
+            16 bits or fewer).
+        rank: rank r of the adapters.
+        alpha: their factor is ``alpha / rank``.
+
+    Raises:
+        ImportError: PEFT is missing.
+        ValueError: as for :class:`LayerWindow`, or a selected tensor is no linear layer's weight.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layer: int,
+        *,
+        rank: int,
+        alpha: float,
+        trained_layers: Sequence[int] | None = None,
+        trained_parameters: str | None = None,
+        parameter_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.rank, self.alpha = rank, alpha
+        super().__init__(
+            model,
+            layer,
+            trained_layers=trained_layers,
+            trained_parameters=trained_parameters,
+            parameter_dtype=parameter_dtype,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str, layer: int, *, dtype: torch.dtype | str = "auto", **arguments: Any
+    ) -> LoRAWindow:
+        """As :meth:`LayerWindow.from_pretrained`; ``arguments`` for loading and for the window together."""
+        own = ("rank", "alpha", "trained_layers", "trained_parameters", "parameter_dtype")
+        window = {name: arguments.pop(name) for name in own if name in arguments}
+        return cls(load_layers(model, layer, dtype=dtype, **arguments), layer, **window)
+
+    def _trainable(self, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> nn.ParameterList:
+        try:
+            from peft import LoraConfig, PeftModel
+        except ImportError as error:
+            raise ImportError(
+                f"lora_rank: LoRA needs PEFT: pip install 'rmu-kernels[peft]' ({error})"
+            ) from error
+        prefix = self.model.base_model_prefix + "."
+        for name in tensors:
+            if not name.endswith(".weight") or tensors[name].dim() != 2:
+                raise ValueError(
+                    f"trained_parameters: {name} {list(tensors[name].shape)} selected, LoRA expected linear layers' weights"
+                )
+        # Whole paths, so that in the full model, too, PEFT finds these layers and no others.
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules=[name.removeprefix(prefix).removesuffix(".weight") for name in tensors],
+        )
+        peft_model = PeftModel(self.model, config)
+        # In a tuple: as a submodule it would list the wrapped model's parameters twice.
+        self._peft = (peft_model,)
+        adapters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+        if dtype is not None:
+            for parameter in adapters.values():
+                parameter.data = parameter.data.to(dtype)
+        # The names in a saved adapter of the full model, in which the wrapped model is one level down.
+        self.trained_names = [
+            name.replace(_PEFT_PREFIX, _PEFT_PREFIX + prefix, 1).replace(".default.", ".")
+            for name in adapters
+        ]
+        return nn.ParameterList(adapters.values())
+
+    def original(self) -> AbstractContextManager[None]:
+        return self._peft[0].disable_adapter()
+
+    @contextmanager
+    def trained_in(self, model: PreTrainedModel) -> Iterator[None]:
+        if model.base_model is not self.model:
+            raise ValueError("model: expected the one that this window wraps, which has the adapters in it")
+        yield
+
+    def _rerun(self, recorded: FrozenPass) -> Tensor:
+        hidden = recorded.entry
+        for layer, (args, kwargs) in zip(self._window, recorded.arguments, strict=True):
+            hidden = hidden_state(layer(hidden, *args, **kwargs))
+        return hidden
+
+    def save_adapter(self, output: Path, base_name: str, extra_files: Mapping[str, bytes]) -> None:
+        """Write a folder that ``PeftModel.from_pretrained`` loads on the full model.
+
+        Args:
+            output: a new or empty folder.
+            base_name: the model's folder or hub id, for the adapter's configuration.
+            extra_files: further files by name, written as they are.
+        """
+        config = copy.deepcopy(self._peft[0].peft_config["default"])
+        config.base_model_name_or_path = base_name
+        config.task_type = "CAUSAL_LM"
+        config.inference_mode = True
+        with staged(output) as folder:
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in self.trained_tensors()},
+                folder / ADAPTER_FILE,
+                metadata={"format": "pt"},
+            )
+            config.save_pretrained(folder)
+            for name, content in extra_files.items():
+                (folder / name).write_bytes(content)
+
+
+def quantization_config(quantization: str) -> BitsAndBytesConfig:
+    """The arguments of ``from_pretrained`` for a base in ``4bit`` (NF4) or ``8bit``.
+
+    Raises:
+        ImportError: bitsandbytes is missing.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"quantization: {quantization} needs bitsandbytes, which is not installed: pip install bitsandbytes"
+        )
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )

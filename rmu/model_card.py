@@ -1,0 +1,72 @@
+"""The model card that goes with an unlearned model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+_SHOWN = (
+    "method layer coefficient scale alpha scope statistic max_steps per_device_train_batch_size learning_rate "
+    "lr_scheduler_type seed forget_max_length retain_max_length exclude_padding exclude_sink direction_distribution"
+).split()
+_LAST = "forget_loss retain_loss forget_cosine retain_cosine coefficient_mean".split()
+
+
+def model_card(record: dict[str, Any], base_folder: Path | None) -> str:
+    """Markdown with the hub's metadata: what was unlearned how, from which model, and what it does not promise.
+
+    Args:
+        record: the run's record, as ``rmu_run.json`` holds it.
+        base_folder: the original model's folder, if it has one; the licence and languages of its card are kept.
+    """
+    rank = record["settings"].get("lora_rank", 0)
+    library = "peft" if rank else "transformers"
+    data = ModelCardData(base_model=record["base"], library_name=library, tags=["unlearning", "rmu"])
+    path = base_folder / "README.md" if base_folder else None
+    if path and path.is_file():
+        original = ModelCard.load(path, ignore_metadata_errors=True).data
+        data.license, data.language = original.license, original.language
+    settings, history = record["settings"], record["history"]
+    unused = {"coefficient"} if settings["method"] == "adaptive" else {"scale", "scope", "statistic"}
+    lines = [
+        f"# {Path(record['base']).name}, unlearned",
+        "",
+        f"`{record['base']}` after {record['steps']} steps of "
+        + (
+            "Adaptive RMU (arXiv 2408.06223)"
+            if settings["method"] == "adaptive"
+            else "RMU (arXiv 2403.03218)"
+        )
+        + (
+            f". A LoRA adapter of rank {rank}, to be loaded on that model with PEFT; its tensors:"
+            if rank
+            else f". Changed are {len(record['trained_tensors'])} tensors, all others are as they were:"
+        ),
+        "",
+        *(f"* `{name}`" for name in record["trained_tensors"]),
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {_text(settings[name])} |" for name in _SHOWN if name not in unused),
+    ]
+    if history:
+        first, last = history[0], history[-1]
+        lines += [
+            "",
+            f"| measured in training | step {first['step']} | step {last['step']} |",
+            "|---|---|---|",
+        ]
+        lines += [f"| {name} | {first[name]:.4g} | {last[name]:.4g} |" for name in _LAST if name in last]
+    lines += [
+        "",
+        "RMU hides knowledge, it does not erase it: fine-tuning on a few examples brings much of it back. Everything needed to "
+        "repeat the run is in `rmu_run.json` and `rmu_directions.safetensors`.",
+        "",
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,430 @@
+"""Triton kernels of the row form in `rmu_kernels.reference.Term`: one program per token, fp32 arithmetic.
+
+A pointer that a launch does not need is None, which Triton compiles away. Leading dimensions arrive as `[B, T]` with
+`length` = T and two strides; offsets are int64, since a tensor may hold more than 2^31 elements.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+SMALLEST = tl.constexpr(1e-12)  # as reference.SMALLEST_SQUARED_NORM
+SEGMENTS_AT_ONCE = tl.constexpr(128)
+
+
+class RowArguments(NamedTuple):
+    """What a launch knows about one term; strides, in elements, after their pointer."""
+
+    hidden_ptr: object
+    hidden_sequence: int
+    hidden_token: int
+    hidden_feature: int
+    frozen_ptr: object
+    frozen_sequence: int
+    frozen_token: int
+    frozen_feature: int
+    direction_ptr: object
+    direction_sequence: int
+    direction_feature: int
+    coefficient_ptr: object
+    coefficient_sequence: int
+    coefficient_token: int
+    coefficient: float  # a_t, or the factor of ||h0_t||, where coefficient_ptr is None
+    mask_ptr: object
+    mask_sequence: int
+    mask_token: int
+    gradient_ptr: object  # contiguous
+    gradient_scale: float
+    weight: float  # of every token, where the reduction needs no counting
+    noise: float
+
+
+class TermFlags(NamedTuple):
+    """What of the row form one term uses; fixed when a kernel is compiled."""
+
+    adaptive: bool
+    keep_frozen: bool
+    relative: bool
+    noisy: bool
+
+
+@triton.jit
+def count_segments(counts_ptr, begin, end, NONEMPTY: tl.constexpr):
+    """Counted tokens of the segments begin..end, or how many of these segments have one."""
+    total = tl.zeros([SEGMENTS_AT_ONCE], tl.int32)
+    for start in range(begin, end, SEGMENTS_AT_ONCE):
+        segments = start + tl.arange(0, SEGMENTS_AT_ONCE)
+        counts = tl.load(counts_ptr + segments, mask=segments < end, other=0)
+        if NONEMPTY:
+            counts = (counts > 0).to(tl.int32)
+        total += counts
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def term_row(
+    term,
+    row,
+    length,
+    program,
+    programs,
+    counts_ptr,
+    first_segment,
+    last_segment,
+    grad_output_ptr,
+    grad_output_strides,
+    seed_ptr,
+    seed,
+    values_ptr,
+    metrics_ptr,
+    STREAM: tl.constexpr,
+    FLAGS: tl.constexpr,
+    COUNTING: tl.constexpr,
+    FEATURES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sequence = (row // length).to(tl.int64)
+    token = (row % length).to(tl.int64)
+    hidden_row = term.hidden_ptr + sequence * term.hidden_sequence + token * term.hidden_token
+    if term.frozen_ptr is not None:
+        frozen_row = term.frozen_ptr + sequence * term.frozen_sequence + token * term.frozen_token
+    # A masked row loads no column, so that no NaN in it can spread.
+    counted = True
+    readable = FEATURES
+    if term.mask_ptr is not None:
+        mask_offset = sequence * term.mask_sequence + token * term.mask_token
+        counted = tl.load(term.mask_ptr + mask_offset) != 0
+        readable = tl.where(counted, FEATURES, 0)
+
+    squared_norm = 0.0
+    if FLAGS.adaptive or FLAGS.relative:
+        for start in range(0, FEATURES, BLOCK):
+            columns = (start + tl.arange(0, BLOCK)).to(tl.int64)
+            keep = columns < readable
+            frozen = tl.load(frozen_row + columns * term.frozen_feature, mask=keep, other=0.0)
+            frozen = frozen.to(tl.float32)
+            squared_norm += tl.sum(frozen * frozen, 0)
+
+    coefficient = tl.cast(term.coefficient, tl.float32)
+    if FLAGS.adaptive:
+        coefficient *= tl.sqrt(squared_norm)
+    if term.coefficient_ptr is not None:
+        offset = sequence * term.coefficient_sequence + token * term.coefficient_token
+        coefficient = tl.load(term.coefficient_ptr + offset, mask=counted, other=0.0).to(tl.float32)
+
+    weight = tl.cast(term.weight, tl.float32)
+    if COUNTING == "mean" and term.mask_ptr is not None:
+        total = count_segments(counts_ptr, first_segment, last_segment, False)
+        weight = 1.0 / (FEATURES * tl.maximum(total, 1).to(tl.float32))
+    if COUNTING == "sequence_mean" and term.mask_ptr is not None:
+        nonempty = count_segments(counts_ptr, first_segment, last_segment, True)
+        own = tl.load(counts_ptr + first_segment + sequence)
+        denominator = tl.maximum(own, 1).to(tl.float32) * tl.maximum(nonempty, 1).to(tl.float32)
+        weight = 1.0 / (FEATURES * denominator)
+    if FLAGS.relative:
+        weight /= tl.maximum(squared_norm, SMALLEST)
+
+    gradient_weight = 2.0 * weight * tl.cast(term.gradient_scale, tl.float32)
+    if grad_output_ptr is not None:
+        offset = sequence * grad_output_strides[0] + token * grad_output_strides[1]
+        gradient_weight *= tl.load(grad_output_ptr + offset).to(tl.float32)
+
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    error = 0.0
+    hidden_squares = 0.0
+    target_squares = 0.0
+    products = 0.0
+    for start in range(0, FEATURES, BLOCK):
+        columns = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        keep = columns < readable
+        hidden = tl.load(hidden_row + columns * term.hidden_feature, mask=keep, other=0.0)
+        hidden = hidden.to(tl.float32)
+        target = tl.zeros([BLOCK], tl.float32)
+        if term.direction_ptr is not None:
+            direction_row = term.direction_ptr + sequence * term.direction_sequence
+            direction = tl.load(direction_row + columns * term.direction_feature, mask=keep, other=0.0)
+            target += coefficient * direction.to(tl.float32)
+        if FLAGS.keep_frozen:
+            frozen = tl.load(frozen_row + columns * term.frozen_feature, mask=keep, other=0.0)
+            target += frozen.to(tl.float32)
+        difference = hidden - target
+        if FLAGS.noisy:
+            # Counters are 32 bits wide in every Triton version; a row or a column has no more.
+            column = columns.to(tl.uint32)
+            zero = column * 0
+            first, second, _, _ = tl.philox(seed, column, zero + row, zero + STREAM, zero)
+            noise, _ = tl.pair_uniform_to_normal(
+                tl.uint_to_uniform_float(first), tl.uint_to_uniform_float(second)
+            )
+            difference -= tl.where(keep, tl.cast(term.noise, tl.float32) * noise, 0.0)
+        error += tl.sum(difference * difference, 0)
+        if metrics_ptr is not None:
+            hidden_squares += tl.sum(hidden * hidden, 0)
+            target_squares += tl.sum(target * target, 0)
+            products += tl.sum(hidden * target, 0)
+        if term.gradient_ptr is not None:
+            gradient = tl.where(keep, gradient_weight * difference, 0.0)
+            gradient_row = term.gradient_ptr + row.to(tl.int64) * FEATURES
+            gradient = gradient.to(term.gradient_ptr.dtype.element_ty)
+            tl.store(gradient_row + columns, gradient, mask=columns < FEATURES)
+
+    if values_ptr is not None:
+        tl.store(values_ptr + program, tl.where(counted, weight * error, 0.0))
+    if metrics_ptr is not None:
+        norm = tl.sqrt(hidden_squares)
+        cosine = products / tl.maximum(norm * tl.sqrt(target_squares), SMALLEST)
+        tl.store(metrics_ptr + program, norm)
+        tl.store(metrics_ptr + programs + program, cosine)
+        tl.store(metrics_ptr + 2 * programs + program, tl.where(counted, coefficient, 0.0))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "forget_rows",
+        "forget_length",
+        "retain_length",
+        "forget_segments",
+        "retain_segments",
+        "seed",
+    ]
+)
+def rows_kernel(
+    forget,
+    retain,
+    forget_rows,
+    forget_length,
+    retain_length,
+    counts_ptr,
+    forget_segments,
+    retain_segments,
+    grad_output_ptr,
+    grad_output_strides,
+    seed_ptr,
+    seed,
+    values_ptr,
+    metrics_ptr,
+    FORGET_FLAGS: tl.constexpr,
+    RETAIN_FLAGS: tl.constexpr,
+    COUNTING: tl.constexpr,
+    FEATURES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token a program, forget tokens first: its weighted error, its gradient row, its metrics."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    if program < forget_rows:
+        term_row(
+            forget,
+            program,
+            forget_length,
+            program,
+            programs,
+            counts_ptr,
+            0,
+            forget_segments,
+            grad_output_ptr,
+            grad_output_strides,
+            seed_ptr,
+            seed,
+            values_ptr,
+            metrics_ptr,
+            0,
+            FORGET_FLAGS,
+            COUNTING,
+            FEATURES,
+            BLOCK,
+        )
+    else:
+        if RETAIN_FLAGS is not None:
+            term_row(
+                retain,
+                program - forget_rows,
+                retain_length,
+                program,
+                programs,
+                counts_ptr,
+                forget_segments,
+                forget_segments + retain_segments,
+                grad_output_ptr,
+                grad_output_strides,
+                seed_ptr,
+                seed,
+                values_ptr,
+                metrics_ptr,
+                1,
+                RETAIN_FLAGS,
+                COUNTING,
+                FEATURES,
+                BLOCK,
+            )
+
+
+@triton.jit
+def count_segment(mask_ptr, strides, rows, length, segment, segment_length, BLOCK: tl.constexpr):
+    begin = segment * segment_length
+    end = tl.minimum(begin + segment_length, rows)
+    total = tl.zeros([BLOCK], tl.int32)
+    for start in range(begin, end, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        offsets = (row // length).to(tl.int64) * strides[0] + (row % length).to(tl.int64) * strides[1]
+        mask = tl.load(mask_ptr + offsets, mask=row < end, other=0)
+        total += (mask != 0).to(tl.int32)
+    return tl.sum(total, 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "forget_rows",
+        "forget_length",
+        "forget_segments",
+        "forget_segment_length",
+        "retain_rows",
+        "retain_length",
+        "retain_segment_length",
+    ]
+)
+def count_kernel(
+    forget_mask_ptr,
+    forget_strides,
+    forget_rows,
+    forget_length,
+    forget_segments,
+    forget_segment_length,
+    retain_mask_ptr,
+    retain_strides,
+    retain_rows,
+    retain_length,
+    retain_segment_length,
+    counts_ptr,
+    BLOCK: tl.constexpr,
+):
+    """Counted tokens of one segment a program: segments are sequences or runs of tokens, forget first."""
+    program = tl.program_id(0)
+    count = 0
+    if program < forget_segments:
+        if forget_mask_ptr is not None:
+            count = count_segment(
+                forget_mask_ptr,
+                forget_strides,
+                forget_rows,
+                forget_length,
+                program,
+                forget_segment_length,
+                BLOCK,
+            )
+    else:
+        if retain_mask_ptr is not None:
+            count = count_segment(
+                retain_mask_ptr,
+                retain_strides,
+                retain_rows,
+                retain_length,
+                program - forget_segments,
+                retain_segment_length,
+                BLOCK,
+            )
+    tl.store(counts_ptr + program, count)
+
+
+@triton.jit
+def sum_values(ptr, begin, end, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(begin, end, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        total += tl.load(ptr + rows, mask=rows < end, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["forget_rows", "retain_rows", "forget_segments", "retain_segments"])
+def finish_kernel(
+    values_ptr,
+    metrics_ptr,
+    forget_rows,
+    retain_rows,
+    counts_ptr,
+    forget_segments,
+    retain_segments,
+    alpha,
+    loss_ptr,
+    parts_ptr,
+    BLOCK: tl.constexpr,
+):
+    """One program ends the reduction in a fixed order. parts: forget loss, retain loss, reference.NORM_METRICS."""
+    rows = forget_rows + retain_rows
+    forget_loss = sum_values(values_ptr, 0, forget_rows, BLOCK)
+    retain_loss = sum_values(values_ptr, forget_rows, rows, BLOCK)
+    tl.store(loss_ptr, forget_loss + tl.cast(alpha, tl.float32) * retain_loss)
+    tl.store(parts_ptr, forget_loss)
+    tl.store(parts_ptr + 1, retain_loss)
+    if metrics_ptr is not None:
+        forget_count = forget_rows
+        retain_count = retain_rows
+        if counts_ptr is not None:
+            if forget_segments > 0:
+                forget_count = count_segments(counts_ptr, 0, forget_segments, False)
+            if retain_segments > 0:
+                last_segment = forget_segments + retain_segments
+                retain_count = count_segments(counts_ptr, forget_segments, last_segment, False)
+        forget_count = tl.maximum(forget_count, 1).to(tl.float32)
+        retain_count = tl.maximum(retain_count, 1).to(tl.float32)
+        for i in tl.static_range(3):
+            total = sum_values(metrics_ptr + i * rows, 0, forget_rows, BLOCK)
+            tl.store(parts_ptr + 2 + i, total / forget_count)
+        for i in tl.static_range(2):
+            total = sum_values(metrics_ptr + i * rows, forget_rows, rows, BLOCK)
+            tl.store(parts_ptr + 5 + i, total / retain_count)
+
+
+@triton.jit
+def rescale_row(gradient_ptr, row, factor, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
+    gradient_row = gradient_ptr + row.to(tl.int64) * FEATURES
+    for start in range(0, FEATURES, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        keep = columns < FEATURES
+        gradient = tl.load(gradient_row + columns, mask=keep, other=0.0).to(tl.float32)
+        # A masked row stays 0 whatever the factor is.
+        gradient = tl.where(gradient == 0.0, gradient, gradient * factor)
+        tl.store(gradient_row + columns, gradient.to(gradient_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["forget_rows", "forget_length"])
+def rescale_kernel(
+    forget_gradient_ptr,
+    retain_gradient_ptr,
+    forget_rows,
+    forget_length,
+    grad_output_ptr,
+    grad_output_strides,
+    FEATURES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Multiply the stored gradient rows by grad_output, in place; a row whose factor is 1 is not touched."""
+    program = tl.program_id(0)
+    sequence = (program // forget_length).to(tl.int64)
+    token = (program % forget_length).to(tl.int64)
+    offset = sequence * grad_output_strides[0] + token * grad_output_strides[1]
+    factor = tl.load(grad_output_ptr + offset).to(tl.float32)
+    if factor != 1.0:
+        if program < forget_rows:
+            if forget_gradient_ptr is not None:
+                rescale_row(forget_gradient_ptr, program, factor, FEATURES, BLOCK)
+        else:
+            if retain_gradient_ptr is not None:
+                rescale_row(retain_gradient_ptr, program - forget_rows, factor, FEATURES, BLOCK)
+
+
+@triton.jit(do_not_specialize=["length"])
+def norm_kernel(hidden_ptr, strides, length, norms_ptr, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
+    """||h|| of one token a program."""
+    row = tl.program_id(0)
+    hidden_row = (
+        hidden_ptr + (row // length).to(tl.int64) * strides[0] + (row % length).to(tl.int64) * strides[1]
+    )
+    squares = 0.0
+    for start in range(0, FEATURES, BLOCK):
+        columns = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        hidden = tl.load(hidden_row + columns * strides[2], mask=columns < FEATURES, other=0.0).to(tl.float32)
+        squares += tl.sum(hidden * hidden, 0)
+    tl.store(norms_ptr + row, tl.sqrt(squares))

@@ -1,0 +1,289 @@
+"""Launches of the Triton kernels on the terms of a loss. No call here waits for the GPU."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from rmu_kernels import kernels
+from rmu_kernels.reference import Rows, Term, Wanted
+
+LARGEST_BLOCK = (
+    16384  # columns that the registers of 16 warps hold; longer rows are taken in pieces of LOOP_BLOCK
+)
+LOOP_BLOCK = 8192  # and all that drawing noise leaves room for
+COUNT_SEGMENT = 4096  # tokens counted by one program
+REDUCE_BLOCK = 4096
+
+
+def run(kernel, programs: int, *arguments, **options) -> None:
+    """Every launch passes here, so that `rmu_kernels.aot` compiles what is launched and nothing else."""
+    kernel[(programs,)](*arguments, **options)
+
+
+def next_power_of_2(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def block_and_warps(features: int, noisy: bool = False) -> tuple[int, int]:
+    """Columns that a program holds, and its warps: more than 16 would not fit the 64 lanes of an AMD wavefront."""
+    largest = LOOP_BLOCK if noisy else LARGEST_BLOCK
+    block = LOOP_BLOCK if features > largest else next_power_of_2(features)
+    return block, 4 if block <= 2048 else 8 if block <= 4096 else 16
+
+
+def row_view(tensor: Tensor, trailing: int) -> tuple[Tensor, tuple[int, ...]]:
+    """The tensor and its strides with the leading dimensions seen as `[B, T]`; `trailing` dimensions stay."""
+    leading = tensor.ndim - trailing
+    if leading > 2:
+        tensor = tensor.flatten(0, leading - 2)
+    strides = tensor.stride()
+    return tensor, strides if leading >= 2 else (0, *strides)
+
+
+def row_length(hidden: Tensor) -> int:
+    return max(hidden.shape[-2], 1)
+
+
+def row_count(hidden: Tensor) -> int:
+    return hidden.numel() // hidden.shape[-1]
+
+
+def row_arguments(
+    term: Term, gradient: Tensor | None, weight: float, gradient_scale: float
+) -> kernels.RowArguments:
+    hidden, hidden_strides = row_view(term.hidden, 1)
+    frozen, frozen_strides = (None, (0, 0, 0)) if term.frozen is None else row_view(term.frozen, 1)
+    mask, mask_strides = (None, (0, 0)) if term.mask is None else row_view(term.mask, 0)
+    direction_strides = (0, 0)
+    if term.direction is not None:
+        direction_strides = term.direction.stride()
+        if len(direction_strides) == 1:
+            direction_strides = (0, *direction_strides)
+    pointer, pointer_strides, coefficient = None, (0, 0), 0.0
+    if isinstance(term.coefficient, Tensor):
+        pointer = term.coefficient
+        if pointer.ndim == term.hidden.ndim - 1:
+            pointer, pointer_strides = row_view(pointer, 0)
+        elif pointer.ndim == 1:
+            pointer_strides = (*pointer.stride(), 0)
+    elif term.direction is not None:
+        coefficient = float(term.coefficient if term.scale is None else term.scale)
+    return kernels.RowArguments(
+        hidden,
+        *hidden_strides,
+        frozen,
+        *frozen_strides,
+        term.direction,
+        *direction_strides,
+        pointer,
+        *pointer_strides,
+        coefficient,
+        mask,
+        *mask_strides,
+        gradient,
+        gradient_scale,
+        weight,
+        float(term.noise),
+    )
+
+
+def term_flags(term: Term) -> kernels.TermFlags:
+    return kernels.TermFlags(term.scale is not None, term.keep_frozen, term.relative, term.noise != 0)
+
+
+def constant_weight(rows: int, features: int, reduction: str) -> float:
+    """The weight of a token's squared error where every token is counted: all sequences are equally long then."""
+    if reduction == "sum":
+        return 1.0
+    return 1.0 / features if reduction == "none" else 1.0 / (features * max(rows, 1))
+
+
+def segments(term: Term | None, reduction: str) -> tuple[int, int]:
+    """How many segments a mask is counted in, and the tokens of each."""
+    if term is None or term.mask is None:
+        return 0, 1
+    rows = row_count(term.hidden)
+    length = row_length(term.hidden) if reduction == "sequence_mean" else COUNT_SEGMENT
+    return -(-rows // length), length
+
+
+def on_device(tensor: Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    if tensor.device.type == "cpu":
+        return nullcontext()
+    module = torch.get_device_module(tensor.device)
+    if tensor.device.index == module.current_device():
+        return nullcontext()
+    return module.device(tensor.device)
+
+
+def count_tokens(forget: Term, retain: Term | None, reduction: str) -> tuple[Tensor | None, int, int]:
+    """Counted tokens of every segment, forget first, and the number of segments of each."""
+    forget_segments, forget_segment = segments(forget, reduction)
+    retain_segments, retain_segment = segments(retain, reduction)
+    total = forget_segments + retain_segments
+    if total == 0:
+        return None, 0, 0
+    counts = torch.empty(total, dtype=torch.int32, device=forget.hidden.device)
+    forget_mask, forget_strides = (None, (0, 0)) if not forget_segments else row_view(forget.mask, 0)
+    retain_mask, retain_strides = (None, (0, 0)) if not retain_segments else row_view(retain.mask, 0)
+    run(
+        kernels.count_kernel,
+        total,
+        forget_mask,
+        forget_strides,
+        row_count(forget.hidden),
+        row_length(forget.hidden),
+        forget_segments,
+        forget_segment,
+        retain_mask,
+        retain_strides,
+        row_count(retain.hidden) if retain_segments else 0,
+        row_length(retain.hidden) if retain_segments else 1,
+        retain_segment,
+        counts,
+        BLOCK=1024,
+        num_warps=4,
+    )
+    return counts, forget_segments, retain_segments
+
+
+def launch_rows(
+    forget: Term,
+    retain: Term | None,
+    alpha: float,
+    reduction: str,
+    wanted: Wanted,
+    grad_output: Tensor | None = None,
+) -> Rows:
+    """The loss forget + alpha * retain and, where wanted, its gradients times grad_output (1 when None)."""
+    hidden, features = forget.hidden, forget.hidden.shape[-1]
+    device = hidden.device
+    forget_rows = row_count(hidden)
+    retain_rows = 0 if retain is None else row_count(retain.hidden)
+    rows = forget_rows + retain_rows
+
+    def gradient_of(term: Term | None, is_wanted: bool) -> Tensor | None:
+        return torch.empty(term.hidden.shape, dtype=term.hidden.dtype, device=device) if is_wanted else None
+
+    forget_gradient = gradient_of(forget, wanted.forget_gradient)
+    retain_gradient = gradient_of(retain, wanted.retain_gradient)
+    values = torch.empty(rows, dtype=torch.float32, device=device) if wanted.loss else None
+    measured = torch.empty(3 * rows, dtype=torch.float32, device=device) if wanted.metrics else None
+    seed = forget.seed
+    grad_output_strides = (0, 0)
+    if grad_output is not None and grad_output.ndim:
+        grad_output, grad_output_strides = row_view(grad_output, 0)
+
+    with on_device(hidden):
+        counts, forget_segments, retain_segments = None, 0, 0
+        if wanted.metrics or reduction in ("mean", "sequence_mean"):
+            counts, forget_segments, retain_segments = count_tokens(forget, retain, reduction)
+        if rows:
+            weight = constant_weight(forget_rows, features, reduction)
+            retain_arguments = retain_flags = None
+            if retain is not None:
+                retain_weight = constant_weight(retain_rows, features, reduction)
+                retain_arguments = row_arguments(retain, retain_gradient, retain_weight, float(alpha))
+                retain_flags = term_flags(retain)
+            noisy = forget.noise != 0 or (retain is not None and retain.noise != 0)
+            block, warps = block_and_warps(features, noisy)
+            run(
+                kernels.rows_kernel,
+                rows,
+                row_arguments(forget, forget_gradient, weight, 1.0),
+                retain_arguments,
+                forget_rows,
+                row_length(hidden),
+                1 if retain is None else row_length(retain.hidden),
+                counts,
+                forget_segments,
+                retain_segments,
+                grad_output,
+                grad_output_strides,
+                seed if isinstance(seed, Tensor) else None,
+                0 if seed is None or isinstance(seed, Tensor) else seed,
+                values,
+                measured,
+                FORGET_FLAGS=term_flags(forget),
+                RETAIN_FLAGS=retain_flags,
+                COUNTING=reduction if counts is not None else "",
+                FEATURES=features,
+                BLOCK=block,
+                num_warps=warps,
+            )
+        if not wanted.loss:
+            return Rows(None, None, forget_gradient, retain_gradient)
+        if reduction == "none":
+            return Rows(values.view(hidden.shape[:-1]), None, forget_gradient)
+        loss = torch.empty((), dtype=torch.float32, device=device)
+        parts = torch.empty(7 if wanted.metrics else 2, dtype=torch.float32, device=device)
+        run(
+            kernels.finish_kernel,
+            1,
+            values,
+            measured,
+            forget_rows,
+            retain_rows,
+            counts,
+            forget_segments,
+            retain_segments,
+            float(alpha),
+            loss,
+            parts,
+            BLOCK=REDUCE_BLOCK,
+            num_warps=8,
+        )
+    return Rows(loss, parts, forget_gradient, retain_gradient)
+
+
+def launch_rescale(
+    forget_gradient: Tensor | None, retain_gradient: Tensor | None, grad_output: Tensor
+) -> None:
+    """Multiply the gradients by grad_output in place; where it is 1 they are neither read nor written."""
+    some = forget_gradient if forget_gradient is not None else retain_gradient
+    forget_rows = 0 if forget_gradient is None else row_count(forget_gradient)
+    rows = forget_rows + (0 if retain_gradient is None else row_count(retain_gradient))
+    if rows == 0:
+        return
+    strides = (0, 0)
+    if grad_output.ndim:
+        grad_output, strides = row_view(grad_output, 0)
+    block, warps = block_and_warps(some.shape[-1])
+    with on_device(some):
+        run(
+            kernels.rescale_kernel,
+            rows,
+            forget_gradient,
+            retain_gradient,
+            forget_rows,
+            row_length(some),
+            grad_output,
+            strides,
+            FEATURES=some.shape[-1],
+            BLOCK=block,
+            num_warps=warps,
+        )
+
+
+def launch_token_norm(hidden: Tensor) -> Tensor:
+    """||h|| of every token in fp32."""
+    norms = torch.empty(hidden.shape[:-1], dtype=torch.float32, device=hidden.device)
+    rows = row_count(hidden)
+    if rows:
+        view, strides = row_view(hidden, 1)
+        block, warps = block_and_warps(hidden.shape[-1])
+        with on_device(hidden):
+            run(
+                kernels.norm_kernel,
+                rows,
+                view,
+                strides,
+                row_length(hidden),
+                norms,
+                FEATURES=hidden.shape[-1],
+                BLOCK=block,
+                num_warps=warps,
+            )
+    return norms

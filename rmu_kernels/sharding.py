@@ -1,0 +1,52 @@
+"""DTensor: how the operators act on tensors whose tokens are spread over ranks. Importing it registers the rules."""
+
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+from rmu_kernels.ops import Wanted, rows_operator, token_norm_operator
+
+
+@register_sharding(rows_operator._opoverload)
+def rows_sharding(*arguments):
+    """Sums over tokens split into sums over ranks. Means, noise and metrics need all tokens in one place."""
+    tensors, noises, wanted = arguments[:9], arguments[13:15], Wanted(*arguments[16:20])
+    reduction, grad_output = arguments[21:]
+    is_tensor = [a is not None and hasattr(a, "shape") for a in arguments]
+
+    def strategy(loss, parts, gradient, placements):
+        outputs = [
+            loss if wanted.loss else Replicate(),
+            parts if wanted.loss and reduction != "none" else Replicate(),
+            gradient if wanted.forget_gradient else Replicate(),
+            gradient if wanted.retain_gradient else Replicate(),
+        ]
+        return outputs, [placements(i) if is_tensor[i] else None for i in range(len(arguments))]
+
+    strategies = [strategy(Replicate(), Replicate(), Replicate(), lambda _: Replicate())]
+    if reduction not in ("sum", "none") or any(noises) or wanted.metrics:
+        return strategies
+    hidden, direction, coefficient = tensors[0], tensors[2], tensors[3]
+    token_dimensions = hidden.ndim - 1
+    if tensors[5] is not None:
+        token_dimensions = min(token_dimensions, tensors[5].ndim - 1)
+    per_sequence = {
+        2: direction is not None and direction.ndim == 2,
+        3: coefficient is not None and coefficient.ndim,
+    }
+    for dim in range(token_dimensions):
+
+        def placements(i, dim=dim):
+            if i == 3 and coefficient.ndim == hidden.ndim - 1:
+                return Shard(dim)
+            if i in per_sequence:
+                return Shard(0) if per_sequence[i] and dim == 0 else Replicate()
+            return Shard(dim) if arguments[i].ndim > dim else Replicate()
+
+        loss = Shard(dim) if reduction == "none" else Partial()
+        strategies.append(strategy(loss, Partial(), Shard(dim), placements))
+    return strategies
+
+
+@register_sharding(token_norm_operator._opoverload)
+def token_norm_sharding(hidden):
+    return [([p], [p]) for p in (Replicate(), *map(Shard, range(hidden.ndim - 1)))]

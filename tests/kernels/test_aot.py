@@ -1,0 +1,105 @@
+"""Every kernel compiles for every target, on a machine without a GPU; on NVIDIA it spills nothing and moves 128 bits
+at a time.
+"""
+
+import pytest
+import torch
+
+from rmu_kernels.backend import INTERPRETED, TRITON_INSTALLED
+
+pytestmark = pytest.mark.skipif(
+    INTERPRETED or not TRITON_INSTALLED, reason="needs triton, not its interpreter"
+)
+if TRITON_INSTALLED and not INTERPRETED:
+    from rmu_kernels import aot
+    from rmu_kernels.launch import block_and_warps
+
+    TARGETS, VARIANTS = list(aot.TARGETS), aot.VARIANTS
+else:
+    TARGETS = VARIANTS = []
+
+RICHEST = "adaptive, masked, sequence, relative, noise, metrics"
+
+
+def compiled_resources(variant, features, target, dtype=torch.bfloat16):
+    for call in aot.launches_of(variant, features, dtype):
+        yield call, aot.resources(aot.compile_launch(call, aot.TARGETS[target]))
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=() if v == RICHEST else pytest.mark.slow) for v in VARIANTS]
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_for_every_target(target, variant):
+    kernels = set()
+    for call, use in compiled_resources(variant, 4096, target):
+        kernels.add(call.kernel.__name__)
+        assert use.registers > 0
+        if target != "gfx942":
+            assert use.spilled == 0
+    assert kernels >= {"rows_kernel", "finish_kernel", "norm_kernel"}
+    if variant == RICHEST:
+        assert kernels == {"count_kernel", "rows_kernel", "finish_kernel", "rescale_kernel", "norm_kernel"}
+
+
+SLOW = pytest.mark.slow
+SPILLS = [
+    (variant, features, dtype)
+    for variant in VARIANTS
+    for features in (576, 2048, 5120, 8192, 16384)
+    for dtype in (torch.bfloat16, torch.float32)
+]
+QUICK = [("adaptive, masked, metrics", 16384, torch.float32), (RICHEST, 16384, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=() if t == "sm_90" else SLOW) for t in TARGETS if t != "gfx942"]
+)
+@pytest.mark.parametrize(
+    "variant, features, dtype", [pytest.param(*c, marks=() if c in QUICK else SLOW) for c in SPILLS]
+)
+def test_no_spills(variant, features, dtype, target):
+    for call, use in compiled_resources(variant, features, target, dtype):
+        assert use.spilled == 0, call.kernel.__name__
+
+
+@pytest.mark.parametrize("features", [4096, 16384])
+@pytest.mark.parametrize(
+    "variant, reads, writes",
+    [  # bytes an element: h and h0 in bf16, the direction in fp32
+        ("fixed", 2 + 4 + 2 + 2, 2 + 2),
+        ("cached", 2 + 4 + 2 + 2, 2 + 2),
+        ("adaptive", 2 + 2 + 4 + 2 + 2, 2 + 2),
+        ("adaptive, forward only", 2 + 2 + 4 + 2 + 2, 0),
+        ("adaptive, masked, metrics", 2 + 2 + 4 + 2 + 2, 2 + 2),
+    ],
+)
+def test_every_element_moves_once_and_by_128_bits(variant, reads, writes, features):
+    """The norm of h0 costs no second read: the two loops over columns share their load."""
+    block, warps = block_and_warps(features)
+    elements = block // (32 * warps)
+    for call, use in compiled_resources(variant, features, "sm_90"):
+        if call.kernel.__name__ == "rows_kernel":
+            assert use.accesses["load 128"] * 16 == reads * elements
+            assert use.accesses["store 128"] * 16 == writes * elements
+            assert (
+                not {"load 64", "load 16", "store 64", "store 16", "store 8"} & set(use.accesses)
+                or "masked" in variant
+            )
+
+
+def test_unaligned_rows_compile():
+    """An odd number of features leaves no aligned row: narrower accesses, the same kernel."""
+    for call, use in compiled_resources("adaptive", 4097, "sm_90"):
+        if call.kernel.__name__ == "rows_kernel":
+            assert use.spilled == 0 and use.accesses["load 128"] == 0
+
+
+def test_specialisation_is_the_launcher_s():
+    """1 becomes a constant, multiples of 16 are marked, None disappears: unless the kernel asks for none of it."""
+    constants, attributes = {}, {}
+    types = aot.specialise((1, 32, 3, 2**40, 0.5, None), (0,), constants, attributes, False)
+    assert types == ("constexpr", "i32", "i32", "i64", "fp32", "constexpr")
+    assert constants == {(0, 0): 1, (0, 5): None}
+    assert attributes == {(0, 1): [["tt.divisibility", 16]], (0, 3): [["tt.divisibility", 16]]}
+    assert aot.specialise(1, (1,), {}, attributes, True) == "i32" and (1,) not in attributes

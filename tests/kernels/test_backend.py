@@ -1,0 +1,84 @@
+"""Which implementation runs, and that a requested one never gives way to another."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rmu_kernels
+from rmu_kernels import backend, functional, ops
+from tests.kernels.oracle import call, make_inputs
+
+
+def test_auto(place):
+    tensor = torch.zeros(1, device=place.device)
+    assert rmu_kernels.resolve_backend(tensor) == place.backend
+    assert rmu_kernels.resolve_backend(tensor, "torch") == "torch"
+
+
+def test_auto_runs_what_it_says(place, monkeypatch):
+    ran = []
+    for module, name in ((ops, "fused_loss"), (functional.reference, "term_loss")):
+        function = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, _f=function, _n=name, **o: (ran.append(_n), _f(*a, **o))[1]
+        )
+    call("retain", make_inputs("retain", (2, 3), 8, torch.float32, device=place.device))
+    assert ran == ["fused_loss" if place.backend == "triton" else "term_loss"]
+
+
+def test_kernels_are_launched(kernel_place, monkeypatch):
+    from rmu_kernels import launch
+
+    launched = []
+    run = launch.run
+    monkeypatch.setattr(
+        launch, "run", lambda kernel, *a, **o: (launched.append(kernel.fn.__name__), run(kernel, *a, **o))
+    )
+    inputs = make_inputs("adaptive", (2, 3), 8, torch.float32, device=kernel_place.device)
+    call("adaptive", inputs).backward()
+    assert launched == ["rows_kernel", "finish_kernel", "rescale_kernel"]
+    launched.clear()
+    inputs = make_inputs("adaptive", (2, 3), 8, torch.float16, device=kernel_place.device, mask="some")
+    call("adaptive", inputs).backward()
+    assert launched == ["count_kernel", "rows_kernel", "finish_kernel", "count_kernel", "rows_kernel"]
+
+
+@pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter takes CPU tensors")
+@pytest.mark.parametrize("device, reason", [("cpu", "TRITON_INTERPRET"), ("meta", "no backend for meta")])
+def test_triton_never_falls_back(device, reason, monkeypatch):
+    monkeypatch.setattr(backend, "TRITON_INSTALLED", True)
+    hidden = torch.zeros(2, 8, device=device)
+    with pytest.raises(ValueError, match=f"'triton' cannot run: .*{reason}"):
+        rmu_kernels.retain_mse(hidden, hidden, backend="triton")
+    with pytest.raises(ValueError, match="cannot run"):
+        rmu_kernels.adaptive_coefficient(hidden, 5.0, backend="triton")
+
+
+def test_triton_is_needed(monkeypatch):
+    monkeypatch.setattr(backend, "TRITON_INSTALLED", False)
+    assert rmu_kernels.resolve_backend(torch.zeros(1)) == "torch"
+    with pytest.raises(ValueError, match="not installed"):
+        rmu_kernels.resolve_backend(torch.zeros(1), "triton")
+
+
+def test_import_needs_only_torch():
+    """Neither triton nor anything of the training package comes along, and without triton the import works."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+sys.modules["triton"] = None
+import rmu_kernels
+new = {m.split(".")[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)
+assert not new & {"transformers", "datasets", "accelerate", "rmu"}, new
+assert "rmu_kernels.kernels" not in sys.modules
+h = torch.ones(2, 8)
+assert float(rmu_kernels.retain_mse(h, 0 * h)) == 1.0
+"""
+    environment = {
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": ":".join(filter(None, sys.path)),
+        "PATH": "/usr/bin",
+    }
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -1,0 +1,67 @@
+"""Tokens spread over two processes: sums as on one, gradients where their tokens are."""
+
+import os
+
+import pytest
+import torch
+from torch import distributed
+
+import rmu_kernels
+from rmu_kernels.backend import INTERPRETED
+
+
+def losses(tensors, backend, reduction):
+    forget, retain, frozen_forget, frozen_retain, direction, mask, coefficient = tensors
+    options = dict(reduction=reduction, backend=backend)
+    adaptive = rmu_kernels.rmu_loss(
+        forget,
+        retain,
+        frozen_retain,
+        direction,
+        frozen_forget=frozen_forget,
+        scale=2.0,
+        alpha=3.0,
+        forget_mask=mask,
+        **options,
+    ).loss
+    return adaptive + rmu_kernels.steering_mse(forget, direction, coefficient, **options)
+
+
+def compare(rank, init_file, backend):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    distributed.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    tensors = [torch.randn(4, 2, 16) for _ in range(4)] + [torch.rand(16)]
+    tensors += [(torch.rand(4, 2) < 0.7).int(), torch.rand(4, 2)]
+    for dim, reduction in ((0, "sum"), (1, "sum"), (0, "mean")):
+        whole = [t.clone().requires_grad_(i < 2) for i, t in enumerate(tensors)]
+        loss = losses(whole, "torch", reduction)
+        loss.backward()
+        spread = [
+            distribute_tensor(t, mesh, [Replicate() if t.ndim == 1 else Shard(dim)]).requires_grad_(i < 2)
+            for i, t in enumerate(tensors)
+        ]
+        spread_loss = losses(spread, backend, reduction)
+        if backend == "triton":
+            assert spread_loss.placements[0].is_partial() == (reduction == "sum")
+        total = spread_loss.full_tensor()
+        total.backward()
+        torch.testing.assert_close(total, loss.detach())
+        for actual, wanted in zip(spread[:2], whole[:2], strict=True):
+            if reduction == "sum":
+                assert actual.grad.placements == (Shard(dim),)
+            torch.testing.assert_close(actual.grad.full_tensor(), wanted.grad)
+    norms = rmu_kernels.adaptive_coefficient(spread[2], 5.0, backend=backend)
+    torch.testing.assert_close(norms.full_tensor(), 5 * tensors[2].norm(dim=-1))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize(
+    "backend", [pytest.param("triton", marks=pytest.mark.interpret) if INTERPRETED else "torch"]
+)
+def test_two_ranks(backend, tmp_path):
+    torch.multiprocessing.spawn(compare, args=(tmp_path / "store", backend), nprocs=2)

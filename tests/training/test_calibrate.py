@@ -1,0 +1,149 @@
+"""Calibration: planted norms are found layer by layer, and the proposals follow from them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from rmu import LayerWindow, RMUConfig, RMUTrainer
+from rmu.calibrate import calibrate, propose_layer
+from rmu.cli import main
+from tests.tiny import random_texts, tiny_folder, tiny_model, word_tokenizer, write_jsonl
+
+LAYERS = 12
+BOS, PAD = 500.0, 10_000.0  # norms planted for the tokens that must stay out
+
+
+def planted_folder(folder):
+    """A gpt2 whose layers add constants: after layer i, token t has the norm sqrt(e_t^2 + (i + 1)^2)."""
+    model = tiny_model("gpt2", num_hidden_layers=LAYERS)
+    with torch.no_grad():
+        base = model.transformer
+        base.wte.weight.zero_()
+        base.wpe.weight.zero_()
+        base.wte.weight[:, 0] = torch.tensor([BOS, PAD, 3.0, *range(1, 94)])
+        for layer in base.h:
+            for module in (layer.attn.c_proj, layer.mlp.c_proj):
+                module.weight.zero_()
+                module.bias.zero_()
+            layer.mlp.c_proj.bias[1] = 1.0
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def planted_norms(texts, layer):
+    embeddings = np.array([int(word[1:]) + 1 for text in texts for word in text.split()], dtype=float)
+    return np.hypot(embeddings, layer + 1)
+
+
+def test_planted_norms_and_the_proposals_from_them(tmp_path):
+    folder = planted_folder(tmp_path / "base")
+    topics = [random_texts(1), [f"w{i} w50 w{i}" for i in range(40, 60)]]
+    found = calibrate(folder, topics, batch_size=3)
+    for texts, norms, tokens in zip(topics, found.norms, found.tokens, strict=True):
+        assert len(norms) == LAYERS and tokens == sum(len(text.split()) for text in texts)
+        for i, row in enumerate(norms):
+            expected = planted_norms(texts, i)
+            assert row.layer == i
+            assert row.median == pytest.approx(np.median(expected), rel=1e-5)
+            assert row.mean == pytest.approx(expected.mean(), rel=1e-5)
+            assert row.maximum == pytest.approx(expected.max(), rel=1e-5)
+            assert row.sink_median == row.sink_maximum == pytest.approx(np.hypot(BOS, i + 1), rel=1e-5)
+    assert found.layer == 2 and found.scale == 5.0
+    medians = [np.median(planted_norms(texts, 2)) for texts in topics]
+    assert found.coefficient == pytest.approx([3 * m for m in medians], rel=0.05)  # two digits
+    assert not any("note:" in reason for reason in found.reasons)
+
+
+def test_a_sink_among_the_counted_tokens_is_reported(tmp_path):
+    folder = planted_folder(tmp_path / "base")
+    found = calibrate(folder, [["w1 w2 w2", "w2 w1 w90"]])
+    assert "note: the largest counted norm of forget[0] is 21 x the median" in found.reasons[-1]
+
+
+def test_a_sample_is_spread_over_the_corpus(tmp_path):
+    folder = planted_folder(tmp_path / "base")
+    found = calibrate(folder, [[f"w{i}" for i in range(90)]], samples=3)
+    assert found.texts == [3] and found.tokens == [3]
+    assert found.norms[0][0].maximum == pytest.approx(np.hypot(61, 1), rel=1e-5)
+    with pytest.raises(ValueError, match="samples: got 0"):
+        calibrate(folder, [["w1"]], samples=0)
+    with pytest.raises(ValueError, match="max_length: got 1, expected at least 2"):
+        calibrate(folder, [["w1"]], max_length=1)
+
+
+@pytest.mark.parametrize(
+    ("number", "layer"), [(32, 7), (60, 14), (30, 7), (26, 6), (12, 2), (4, 2), (2, 1), (1, 0)]
+)
+def test_the_layer_is_the_last_of_the_first_quarter(number, layer):
+    assert propose_layer(number) == layer
+
+
+def config(folder, **changes):
+    return RMUConfig(
+        **{**dict(output_dir=str(folder), max_steps=1, use_cpu=True, disable_tqdm=True), **changes}
+    )
+
+
+def test_auto_takes_the_proposals(tmp_path):
+    folder = planted_folder(tmp_path / "base")
+    forget, retain = [random_texts(1), random_texts(2)], [random_texts(3)]
+    found = calibrate(folder, forget)
+    args = config(tmp_path / "out", method="rmu", layer="auto", coefficient=["auto"])
+    trainer = RMUTrainer(folder, args, forget=forget, retain=retain)
+    assert trainer.window.layer == args.layer == found.layer
+    assert trainer.coefficient.values == args.coefficient == found.coefficient
+    assert f"median {found.norms[1][2].median:.3g}" in trainer.run_record()["calibration"][1]
+
+    args = config(tmp_path / "out", method="rmu", layer=5, coefficient=["auto", 7.0])
+    trainer = RMUTrainer(folder, args, forget=forget, retain=retain)
+    assert trainer.coefficient.values == [pytest.approx(3 * found.norms[0][5].median, rel=0.05), 7.0]
+
+    args = config(tmp_path / "out", layer="auto", scale=["auto"])
+    trainer = RMUTrainer(folder, args, forget=forget, retain=retain)
+    assert trainer.coefficient.values == [5.0, 5.0] and "calibration" in trainer.run_record()
+
+    args = config(tmp_path / "out", layer="auto", scale=[2.0])
+    window = LayerWindow.from_pretrained(str(folder), 4)
+    trainer = RMUTrainer(window, args, forget=forget, retain=retain, processing_class=word_tokenizer())
+    assert args.layer == 4 and trainer.coefficient.values == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("field", ["layer", "coefficient", "scale", "alpha"])
+def test_no_other_word_than_auto(tmp_path, field):
+    word = "auto" if field == "alpha" else "car"
+    with pytest.raises(ValueError, match=f"{field}: got '?{word}"):
+        config(tmp_path, **{field: word})
+
+
+def test_the_command(tmp_path, capsys):
+    folder = planted_folder(tmp_path / "base")
+    forget = write_jsonl(tmp_path / "forget.jsonl", random_texts(1))
+    out = tmp_path / "calibration"
+    argv = ["calibrate", "--model", str(folder), "--forget", str(forget), "--output", str(out)]
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    written = json.loads((out / "calibration.json").read_text())
+    assert f"--layer 2 --coefficient {written['coefficient'][0]:g}" in text
+    assert "2 " in next(line for line in text.splitlines() if line.endswith("<- proposed"))
+    assert (out / "natural_norms_0.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*argv[:3], "--forget", str(tmp_path / "none.jsonl")]) == 2
+    assert "forget[0]: no such file" in capsys.readouterr().err
+
+
+def test_auto_on_the_command_line(tmp_path, capsys):
+    base = tiny_folder(tmp_path / "base")
+    retain = write_jsonl(tmp_path / "r.jsonl", random_texts(2))
+    argv = ["unlearn", "--model", str(base), "--forget", str(retain), "--retain", str(retain)]
+    argv += ["--max_steps", "1", "--use_cpu", "true", "--disable_tqdm", "true", "--method", "rmu"]
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text("layer: auto\n")
+    out = tmp_path / "out"
+    assert main([*argv, "--config", str(yaml), "--coefficient", "auto", "--output_dir", str(out)]) == 0
+    assert "natural norms of forget[0] at layer 2: median" in capsys.readouterr().out
+    settings = json.loads((out / "rmu_run.json").read_text())["settings"]
+    assert settings["layer"] == 2 and settings["coefficient"][0] > 0
+    assert main([*argv, "--layer", "half", "--output_dir", str(tmp_path / "no")]) == 2
+    assert "argument --layer: got 'half', expected int or auto" in capsys.readouterr().err

@@ -1,0 +1,198 @@
+"""Task accuracy, perplexity and token confidence against plainly written loops."""
+
+import json
+import logging
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rmu.demo import TASKS_PATH, read_data
+from rmu.evaluation import evaluate, evaluate_tasks, perplexity, token_confidence
+
+TEXTS = ["the cat sat on the mat", "a dog", "on a mat the dog and the cat sat and sat", "cat"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = " ".join([*TEXTS, *(json.dumps(row) for row in read_data("questions"))]).lower().split()
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", *sorted(set(words))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+
+
+@pytest.fixture
+def model(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def log_probabilities(model, tokenizer, text):
+    """[T - 1, V] log-probabilities of the tokens after the first, and those tokens [T - 1]."""
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        logits = model(ids).logits
+    return logits[0, :-1].log_softmax(-1), ids[0, 1:]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_perplexity_is_that_of_a_plain_loop(model, tokenizer, batch_size):
+    scores = []
+    for text in TEXTS[:3]:
+        logp, following = log_probabilities(model, tokenizer, text)
+        scores.append(logp[range(len(following)), following])
+    scores = torch.cat(scores)
+    result = perplexity(model, tokenizer, TEXTS, batch_size=batch_size)
+    assert result["tokens"] == len(scores)
+    assert result["perplexity"] == pytest.approx(math.exp(-scores.mean()), rel=1e-4)
+
+
+def test_perplexity_of_a_model_that_knows_nothing_is_the_vocabulary_size(model, tokenizer):
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert perplexity(model, tokenizer, TEXTS)["perplexity"] == pytest.approx(len(tokenizer), rel=1e-4)
+
+
+def test_long_texts_are_cut(model, tokenizer):
+    cut = perplexity(model, tokenizer, ["the cat sat on the mat"], max_length=3)
+    assert cut == perplexity(model, tokenizer, ["the cat sat"])
+    assert cut["tokens"] == 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_token_confidence_is_the_largest_probability(model, tokenizer, batch_size):
+    largest = torch.cat([log_probabilities(model, tokenizer, text)[0].exp().amax(-1) for text in TEXTS[:3]])
+    result = token_confidence(model, tokenizer, TEXTS, batch_size=batch_size, bins=10)
+    assert result["counts"] == np.histogram(largest.numpy(), bins=result["edges"])[0].tolist()
+    assert sum(result["counts"]) == len(largest)
+    assert result["mean"] == pytest.approx(largest.mean().item(), rel=1e-5)
+    assert result["edges"] == pytest.approx(np.linspace(0, 1, 11))
+
+
+@pytest.mark.parametrize("measure", [perplexity, token_confidence])
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [([], "non-empty sequence"), ("the cat sat", "non-empty sequence"), (["cat"], "longer than one token")],
+)
+def test_nothing_to_predict_is_an_error(model, tokenizer, measure, texts, message):
+    with pytest.raises(ValueError, match=message):
+        measure(model, tokenizer, texts)
+
+
+def test_measuring_leaves_training_mode_as_it_was(model, tokenizer):
+    model.train()
+    perplexity(model, tokenizer, TEXTS)
+    assert model.training
+    evaluate_tasks(model, tokenizer, ["rmu_demo_question"], TASKS_PATH, limit=2)
+    assert model.training
+
+
+@pytest.fixture
+def few(request):
+    """The first questions, as many as `limit` takes."""
+    return read_data("questions")[:12]
+
+
+def test_accuracy_is_that_of_a_plain_loop(model, tokenizer, few):
+    right = {}
+    for question in few:
+        context = (
+            f'A dictionary entry reads "{question["gloss"]}". The {question["kind"]} it defines is called the'
+        )
+        start = len(tokenizer(context)["input_ids"]) - 1
+        scores = []
+        for choice in question["choices"]:
+            logp, following = log_probabilities(model, tokenizer, f"{context} {choice}")
+            scores.append(logp[range(len(following)), following][start:].sum())
+        correct = int(torch.stack(scores).argmax() == question["gold"])
+        right.setdefault((question["side"], question["domain"]), []).append(correct)
+    rows = evaluate_tasks(model, tokenizer, ["rmu_demo_dictionary"], TASKS_PATH, batch_size=5, limit=len(few))
+    assert {(row["side"], row["domain"]) for row in rows} == set(right)
+    for row in rows:
+        scores = right[row["side"], row["domain"]]
+        assert row["task"] == "rmu_demo_dictionary"
+        assert row["n"] == len(scores)
+        assert row["accuracy"] == pytest.approx(np.mean(scores))
+        if len(scores) > 1:
+            assert row["stderr"] == pytest.approx(np.std(scores, ddof=1) / math.sqrt(len(scores)))
+
+
+def test_a_task_without_domains_gives_one_row(model, tokenizer, tmp_path):
+    lines = [{"q": "the cat sat on the", "options": ["mat", "dog"], "gold": i % 2} for i in range(6)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "mats.yaml").write_text(
+        "task: mats\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'docs.jsonl'}}}}}\n"
+        "doc_to_text: q\ndoc_to_choice: options\ndoc_to_target: gold\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    (row,) = evaluate_tasks(model, tokenizer, ["mats"], tmp_path)
+    # Half of the answers is right whichever option the model prefers.
+    assert row == {
+        "task": "mats",
+        "domain": None,
+        "side": None,
+        "n": 6,
+        "accuracy": 0.5,
+        "stderr": pytest.approx(math.sqrt(0.25 / 5)),
+    }
+
+
+def test_unknown_task_empty_list_and_missing_folder_are_errors(model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="no_such_task"):
+        evaluate_tasks(model, tokenizer, ["rmu_demo_question", "no_such_task"], TASKS_PATH)
+    with pytest.raises(ValueError, match="tasks is empty"):
+        evaluate_tasks(model, tokenizer, [])
+    with pytest.raises(ValueError, match="include_path is not a folder"):
+        evaluate_tasks(model, tokenizer, ["x"], tmp_path / "missing")
+
+
+def test_measuring_leaves_random_state_and_log_levels_alone(model, tokenizer):
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    def seed():
+        random.seed(7), np.random.seed(7), torch.manual_seed(7)
+
+    seed()
+    expected = draw()
+    seed()
+    loggers = [logging.getLogger(name) for name in ("lm_eval.api.task", "lm_eval.models.huggingface")]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+    evaluate_tasks(model, tokenizer, ["rmu_demo_question"], TASKS_PATH, limit=2)
+    assert draw() == expected
+    assert [logger.level for logger in loggers] == [logging.INFO, logging.INFO]
+
+
+def test_evaluate_gathers_all_measures(model, tokenizer):
+    result = evaluate(
+        model,
+        tokenizer,
+        ["rmu_demo_completion"],
+        TEXTS,
+        TEXTS[:2],
+        TEXTS[2:],
+        include_path=TASKS_PATH,
+        limit=4,
+    )
+    assert set(result) == {"accuracy", "perplexity", "confidence"}
+    assert result["perplexity"] == perplexity(model, tokenizer, TEXTS)
+    assert result["confidence"]["forget"] == token_confidence(model, tokenizer, TEXTS[:2])
+    assert result["confidence"]["retain"] == token_confidence(model, tokenizer, TEXTS[2:])
+    assert sum(row["n"] for row in result["accuracy"]) == 4
+    json.dumps(result)

@@ -1,0 +1,39 @@
+"""The card names what was done and keeps the original's licence."""
+
+from huggingface_hub import ModelCard
+
+from rmu.model_card import model_card
+
+RECORD = {
+    "base": "someone/base-model",
+    "steps": 7,
+    "trained_tensors": ["model.layers.1.mlp.down_proj.weight"],
+    "settings": dict.fromkeys(
+        "layer coefficient alpha statistic max_steps per_device_train_batch_size learning_rate lr_scheduler_type seed "
+        "forget_max_length retain_max_length exclude_padding exclude_sink direction_distribution".split(),
+        1,
+    )
+    | {"method": "adaptive", "scale": [5.0, 2.5], "scope": "token"},
+    "history": [
+        {"step": 1, "forget_loss": 3.25, "retain_loss": 0.0},
+        {"step": 7, "forget_loss": 1.5, "retain_loss": 0.5},
+    ],
+}
+
+
+def test_card(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Base\n")
+    card = ModelCard(model_card(RECORD, tmp_path))
+    assert (card.data.license, card.data.language, card.data.base_model) == (
+        "apache-2.0",
+        "en",
+        "someone/base-model",
+    )
+    assert "| scale | 5.0, 2.5 |" in card.text and "| coefficient |" not in card.text
+    assert "| forget_loss | 3.25 | 1.5 |" in card.text
+    assert "`model.layers.1.mlp.down_proj.weight`" in card.text
+
+
+def test_card_of_a_base_without_one(tmp_path):
+    card = ModelCard(model_card({**RECORD, "history": []}, tmp_path))
+    assert card.data.license is None and "measured in training" not in card.text
