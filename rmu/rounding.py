@@ -15,7 +15,7 @@ SAMPLE = 65536  # elements of a tensor that are looked at; more would only slow 
 class UpdateRounding(TrainerCallback):
     """Counts, over a fixed sample of the trained elements, the updates that rounding to the model's dtype swallows.
 
-    An update of a typical bf16 weight must exceed about 1/500 of the weight to change it. With trained tensors in the model's dtype
+    An update must exceed 1/512 to 1/256 of a bf16 weight to change it. With trained tensors in the model's dtype
     the count is of what did happen: elements with a gradient that a step left as they were. With fp32 master weights it is of what
     would have happened: the step's change, added to the weight in the model's dtype, leaves it as it was.
 
