@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -128,11 +128,8 @@ class LoRAWindow(LayerWindow):
         config.task_type = "CAUSAL_LM"
         config.inference_mode = True
         with staged(output) as folder:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in self.trained_tensors()},
-                folder / ADAPTER_FILE,
-                metadata={"format": "pt"},
-            )
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.trained_tensors()}
+            (folder / ADAPTER_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
             config.save_pretrained(folder)
             for name, content in extra_files.items():
                 (folder / name).write_bytes(content)
