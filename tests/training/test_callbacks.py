@@ -201,8 +201,8 @@ def test_targets_without_evaluation_are_an_error(tmp_path, capsys):
 
 
 def test_a_side_without_questions_is_an_error():
-    row = {"task": "t", "side": "forget", "domain": "all", "n": 4, "accuracy": 0.5}
-    rows = [row, {**row, "n": 12, "accuracy": 0.25}, {**row, "domain": "x", "accuracy": 1.0}]
+    row = {"task": "t", "side": "forget", "domain": "x", "n": 4, "accuracy": 0.5}
+    rows = [row, {**row, "n": 12, "accuracy": 0.25}, {**row, "side": "other", "accuracy": 1.0}]
     assert side_accuracy(rows, "forget") == pytest.approx((4 * 0.5 + 12 * 0.25) / 16)
     with pytest.raises(ValueError, match="retain_tasks: none"):
         side_accuracy(rows, "retain")
