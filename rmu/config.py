@@ -194,8 +194,8 @@ class RMUConfig(TrainingArguments):
         for name, value in [*lengths, ("retain_max_length", self.retain_max_length)]:
             if value < 2:
                 raise ValueError(f"{name}: got {value}, expected at least 2 tokens")
-        if self.method == "rsv" and 0 in self.coefficient:
-            raise ValueError("coefficient: got 0, expected more than 0 for method rsv")
+        if self.method == "rsv" and not {0, AUTO}.isdisjoint(self.coefficient):
+            raise ValueError(f"coefficient: got {self.coefficient}, expected numbers above 0 for method rsv")
         if self.relative and not (self.method == "rsv" or (self.method, self.scope) == ("adaptive", "token")):
             raise ValueError(
                 f"relative: got true with method {self.method} and scope {self.scope}, "
@@ -211,7 +211,7 @@ class RMUConfig(TrainingArguments):
             raise ValueError(f"lora_rank: got {self.lora_rank}, expected 0 or more")
         if self.lora_alpha is None:
             self.lora_alpha = float(self.lora_rank)
-        elif not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
+        elif self.lora_rank and not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
             raise ValueError(f"lora_alpha: got {self.lora_alpha}, expected a finite number above 0")
         if self.quantization != "none" and not self.lora_rank:
             raise ValueError(

@@ -158,7 +158,8 @@ class RMUTrainer(Trainer):
         )
         self.directions = self.directions.to(self.args.device)
         self.rounding = None
-        if torch.finfo(self.window.model.dtype).bits < 32:
+        # An adapter is not a weight: what rounds is the product that is merged one day.
+        if not isinstance(self.window, LoRAWindow) and self.window.model.dtype.itemsize < 4:
             self.rounding = UpdateRounding(self.window.trained, self.window.model.dtype)
             self.add_callback(self.rounding)
         if self.args.device.type == "cpu":
