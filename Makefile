@@ -20,6 +20,7 @@ demo: $(ENV)
 
 test: $(ENV)
 	$(PYTHON) -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/kernels -m interpret $(ARGS)
 
 lint: $(ENV)
 	$(PYTHON) -m ruff check .

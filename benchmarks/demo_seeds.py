@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import subprocess
 import tempfile
 from datetime import date
@@ -52,7 +51,7 @@ def rows(results: dict, seed: int, revision: str) -> list[dict]:
     common = {
         "date": date.today().isoformat(),
         "revision": revision,
-        "machine": f"{cpu()}, {os.cpu_count()} cores",
+        "machine": results["machine"],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "seed": seed,
@@ -68,14 +67,6 @@ def rows(results: dict, seed: int, revision: str) -> list[dict]:
         | {"before": round(old["accuracy"], 5), "after": round(new["accuracy"], 5)}
         for old, new in pairs
     ]
-
-
-def cpu() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "unknown processor"
 
 
 def append(path: Path, new: list[dict]) -> None:

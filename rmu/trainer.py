@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
@@ -28,6 +24,7 @@ from rmu.config import AUTO, RMUConfig
 from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer, load_tokenizer
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
 from rmu.directions import directions_to_bytes, draw_directions, read_directions
+from rmu.environment import environment
 from rmu.lora import LoRAWindow, quantization_config
 from rmu.model_card import model_card
 from rmu.optimizer import NAME as ADAMW_RMU
@@ -293,15 +290,7 @@ class RMUTrainer(Trainer):
             "update_rounding": self.rounding.record() if self.rounding else None,
             "stopped_by": self.stopped_by,
             "train_seconds": self._seconds,
-            "peak_memory_bytes": peak_memory_bytes(self.args.device),
-            "device": device_name(self.args.device),
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "safetensors": safetensors.__version__,
-            },
+            **environment(self.args.device),
             "history": steps,
             "evaluations": evaluations,
         }
@@ -366,19 +355,3 @@ def load_arguments(args: RMUConfig, trust_remote_code: bool = False) -> dict[str
         arguments["quantization_config"] = quantization_config(args.quantization)
         arguments["device_map"] = {"": args.device}
     return arguments
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: allocated on a CUDA device, resident in this process otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def device_name(device: torch.device) -> str:
-    """A device in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.processor() or platform.machine()})"

@@ -91,8 +91,8 @@ def compile_launch(call: Launch, target: GPUTarget):
 
 
 class Resources(NamedTuple):
-    """registers: of a thread. spilled: bytes of local memory of a thread. accesses, for NVIDIA only: global loads and
-    stores of a thread by their width in bits, such as {"load 128": 2, "store 128": 1}.
+    """registers: of a thread. spilled: bytes of local memory of a thread. accesses, for NVIDIA only: a
+    thread's global loads and stores by their width in bits, such as {"load 128": 2, "store 128": 1}.
     """
 
     registers: int
@@ -166,6 +166,7 @@ VARIANTS = (
     "cached",
     "adaptive",
     "adaptive, forward only",
+    "adaptive, masked",
     "adaptive, masked, metrics",
     "adaptive, masked, sequence, relative, noise, metrics",
     "vector, noise",
@@ -180,7 +181,8 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options = parser.parse_args()
     print(
-        f"{'kernel':15} {'variant':52} {'D':>5} {'warps':>5} {'target':7} {'registers':>9} {'spilled':>7} accesses"
+        f"{'kernel':15} {'variant':52} {'D':>5} {'warps':>5} {'target':7} {'registers':>9} {'spilled':>7} "
+        "accesses"
     )
     spilled, seen = 0, set()
     for variant in options.variants:

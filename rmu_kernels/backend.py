@@ -35,9 +35,9 @@ def why_not_triton(tensor: Tensor) -> str | None:
 def resolve_backend(tensor: Tensor, backend: str = "auto") -> str:
     """The implementation, "triton" or "torch", that a loss of `tensor` runs on.
 
-    "auto" is Triton for tensors on a CUDA (compute capability 8.0 or newer), ROCm or XPU device, and on the CPU when
-    TRITON_INTERPRET=1 was set before the import; else the PyTorch twin. Raises ValueError for "triton" where it
-    cannot run: no other implementation takes its place silently.
+    "auto" is Triton for tensors on a CUDA (compute capability 8.0 or newer), ROCm or XPU device, and on the
+    CPU when TRITON_INTERPRET=1 was set before the import; else the PyTorch twin. Raises ValueError for
+    "triton" where it cannot run: no other implementation takes its place silently.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")

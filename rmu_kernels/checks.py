@@ -1,4 +1,4 @@
-"""Argument checks: each raises a ValueError or TypeError that names the argument, what came and what was expected."""
+"""Argument checks: a ValueError or TypeError names the argument, what came and what was expected."""
 
 import math
 from numbers import Real

@@ -1,7 +1,7 @@
 """The losses of Representation Misdirection for Unlearning (RMU) as functions.
 
-Notation: h is a token's hidden state after the hooked layer in the model being trained, h0 the same in the frozen
-model, u the steering direction, D the hidden size. Every loss is fp32, and gradients flow to h alone.
+Notation: h is a token's hidden state after the hooked layer in the model being trained, h0 the same in the
+frozen model, u the steering direction, D the hidden size. Every loss is fp32, and gradients flow to h alone.
 """
 
 from typing import NamedTuple
@@ -35,9 +35,9 @@ def steering_mse(
     coefficient: c, a number, a 0-d tensor, `[B]`, or one per token (`hidden.shape[:-1]`).
     mask: `hidden.shape[:-1]`, nonzero = counted. A masked token gets a gradient of exact zeros.
     reduction: "mean", the sum of squared errors / (D * counted tokens), without a mask equal to
-        `torch.nn.functional.mse_loss(hidden, coefficient * direction)`; "sequence_mean", the mean over the sequences
-        of `[B, T, D]` with a counted token of each one's own mean; "sum", no division; "none", one value per token,
-        the mean over D, and 0 where masked. Nothing counted: 0.
+        `torch.nn.functional.mse_loss(hidden, coefficient * direction)`; "sequence_mean", the mean over the
+        sequences of `[B, T, D]` with a counted token of each one's own mean; "sum", no division; "none",
+        one value per token, the mean over D, and 0 where masked. Nothing counted: 0.
     backend: see `resolve_backend`.
     Returns a 0-d fp32 tensor; for "none" `hidden.shape[:-1]`.
     Raises ValueError or TypeError naming an argument of a wrong shape, dtype, device or value.
@@ -61,9 +61,9 @@ def adaptive_steering_mse(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """The forget loss of Adaptive RMU, mean (h - beta ||h0|| u)^2 (Dang et al. 2024, arXiv 2408.06223, equation 9).
+    """The forget loss of Adaptive RMU, mean (h - beta ||h0|| u)^2 (Dang et al. 2024, arXiv 2408.06223).
 
-    frozen_hidden: h0, with the shape of `hidden` and any of the dtypes; its norm is taken in fp32 inside the kernel.
+    frozen_hidden: h0, with the shape of `hidden` and any of the dtypes; the kernel takes its norm, in fp32.
     scale: beta.
     relative: divide a token's squared error by ||h0||^2, so that tokens of every norm weigh the same.
     The rest as in `steering_mse`.
@@ -92,10 +92,10 @@ def retain_mse(
     """The retain loss, mean (h - h0)^2 (Li et al. 2024, arXiv 2403.03218, section 4).
 
     frozen_hidden: h0, with the shape of `hidden` and any of the dtypes.
-    noise: nu of random noise augmentation, mean (h - (h0 + nu eps))^2 with eps ~ N(0, 1) (arXiv 2501.19202). On forget
-        tokens this is the random steering vector's forget loss.
-    seed: of the noise, an integer or, to change it inside a CUDA graph, a 0-d int64 tensor. The same seed gives the
-        same noise; Triton and PyTorch draw different values from it.
+    noise: nu of random noise augmentation, mean (h - (h0 + nu eps))^2 with eps ~ N(0, 1) (arXiv 2501.19202).
+        On forget tokens this is the random steering vector's forget loss.
+    seed: of the noise, an integer or, to change it inside a CUDA graph, a 0-d int64 tensor. The same seed
+        gives the same noise; Triton and PyTorch draw different values from it.
     relative: divide a token's squared error by ||h0||^2.
     The rest as in `steering_mse`.
     """
@@ -121,8 +121,9 @@ def adaptive_coefficient(
 
     frozen_hidden: `[..., D]`. scale: beta. mask: `frozen_hidden.shape[:-1]`, nonzero = counted.
     scope: "token", one per token (0 where masked); "sequence", `[B]` for `[B, T, D]`; "batch", 0-d.
-    statistic: "mean" or "median" (the lower one) over the counted tokens of the scope; 0 where none is. The released
-        code's value, the mean over sequences of each one's mean, is the mean of the scope "sequence".
+    statistic: "mean" or "median" (the lower one) over the counted tokens of the scope; 0 where none is. The
+        released code's value, the mean over sequences of each one's mean, is the mean of the scope
+        "sequence".
     """
     checks.check_hidden("frozen_hidden", frozen_hidden)
     checks.check_number("scale", scale)
@@ -139,10 +140,11 @@ def adaptive_coefficient(
 
 
 class RMULossOutput(NamedTuple):
-    """loss = forget_loss + alpha * retain_loss carries the gradient; the other tensors are detached, all are 0-d fp32.
+    """0-d fp32 tensors: loss = forget_loss + alpha * retain_loss carries the gradient, all others are detached.
 
-    metrics: empty unless asked for; then the means over counted tokens `forget_norm` (||h||), `forget_cosine` (h against
-    its target), `coefficient_mean`, `retain_norm` and `retain_cosine` (h against h0). Targets are taken without noise.
+    metrics: empty unless asked for; then the means over counted tokens `forget_norm` (||h||),
+    `forget_cosine` (h against its target), `coefficient_mean`, `retain_norm`, `retain_cosine` (h against
+    h0); targets without noise.
     """
 
     loss: Tensor
@@ -173,11 +175,11 @@ def rmu_loss(
 ) -> RMULossOutput:
     """The whole loss of a step, forget + alpha * retain, in one pass over the data.
 
-    | method | arguments | forget term |
-    |---|---|---|
-    | RMU, arXiv 2403.03218 | `coefficient` | (h - c u)^2 |
-    | Adaptive RMU, arXiv 2408.06223 | `frozen_forget`, `scale` | (h - beta \\|\\|h0\\|\\| u)^2 |
-    | random steering vector | `direction=None`, `frozen_forget`, `forget_noise`, `seed` | (h - (h0 + nu eps))^2 |
+        method                          arguments                             forget term
+        RMU, arXiv 2403.03218           coefficient                           (h - c u)^2
+        Adaptive RMU, arXiv 2408.06223  frozen_forget, scale                  (h - beta ||h0|| u)^2
+        random steering vector          direction=None, frozen_forget,        (h - (h0 + nu eps))^2
+                                        forget_noise, seed
 
     The retain term is (h - h0)^2; `retain_noise` and `seed` add nu eps to its target (arXiv 2501.19202), and
     `relative`, with `frozen_forget`, divides both terms by ||h0||^2 token by token.
@@ -188,7 +190,7 @@ def rmu_loss(
     coefficient, scale: as in `steering_mse` and `adaptive_steering_mse`. alpha: weight of the retain term.
     forget_mask, retain_mask: `forget.shape[:-1]` and `retain.shape[:-1]`, nonzero = counted.
     reduction: "mean", "sequence_mean" or "sum", each term by itself.
-    metrics: also return the means described in `RMULossOutput`; they need no further pass and no synchronisation.
+    metrics: also return the means described in `RMULossOutput`, at no further pass and no synchronisation.
     backend: see `resolve_backend`.
     Raises ValueError or TypeError naming an argument of a wrong shape, dtype, device, value or combination.
     """

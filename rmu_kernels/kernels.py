@@ -1,7 +1,7 @@
 """Triton kernels of the row form in `rmu_kernels.reference.Term`: one program per token, fp32 arithmetic.
 
-A pointer that a launch does not need is None, which Triton compiles away. Leading dimensions arrive as `[B, T]` with
-`length` = T and two strides; offsets are int64, since a tensor may hold more than 2^31 elements.
+A pointer that a launch does not need is None, which Triton compiles away. Leading dimensions arrive as `[B,
+T]` with `length` = T and two strides; offsets are int64, since a tensor may hold more than 2^31 elements.
 """
 
 from typing import NamedTuple
@@ -351,7 +351,7 @@ def finish_kernel(
     parts_ptr,
     BLOCK: tl.constexpr,
 ):
-    """One program ends the reduction in a fixed order. parts: forget loss, retain loss, reference.NORM_METRICS."""
+    """One program ends the reduction in a fixed order. parts: forget loss, retain loss, reference.METRICS."""
     rows = forget_rows + retain_rows
     forget_loss = sum_values(values_ptr, 0, forget_rows, BLOCK)
     retain_loss = sum_values(values_ptr, forget_rows, rows, BLOCK)

@@ -11,7 +11,7 @@ from rmu_kernels.reference import Rows, Term, Wanted
 LARGEST_BLOCK = (
     16384  # columns that the registers of 16 warps hold; longer rows are taken in pieces of LOOP_BLOCK
 )
-LOOP_BLOCK = 8192  # and all that drawing noise leaves room for
+LOOP_BLOCK = 8192  # and all that noise or metrics, which take registers too, leave room for
 COUNT_SEGMENT = 4096  # tokens counted by one program
 REDUCE_BLOCK = 4096
 
@@ -25,9 +25,9 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def block_and_warps(features: int, noisy: bool = False) -> tuple[int, int]:
-    """Columns that a program holds, and its warps: more than 16 would not fit the 64 lanes of an AMD wavefront."""
-    largest = LOOP_BLOCK if noisy else LARGEST_BLOCK
+def block_and_warps(features: int, heavy: bool = False) -> tuple[int, int]:
+    """Columns that a program holds, and its warps: 32 would not fit the 64 lanes of an AMD wavefront."""
+    largest = LOOP_BLOCK if heavy else LARGEST_BLOCK
     block = LOOP_BLOCK if features > largest else next_power_of_2(features)
     return block, 4 if block <= 2048 else 8 if block <= 4096 else 16
 
@@ -93,7 +93,7 @@ def term_flags(term: Term) -> kernels.TermFlags:
 
 
 def constant_weight(rows: int, features: int, reduction: str) -> float:
-    """The weight of a token's squared error where every token is counted: all sequences are equally long then."""
+    """The weight of a token where every token is counted: then all sequences are equally long."""
     if reduction == "sum":
         return 1.0
     return 1.0 / features if reduction == "none" else 1.0 / (features * max(rows, 1))
@@ -187,8 +187,8 @@ def launch_rows(
                 retain_weight = constant_weight(retain_rows, features, reduction)
                 retain_arguments = row_arguments(retain, retain_gradient, retain_weight, float(alpha))
                 retain_flags = term_flags(retain)
-            noisy = forget.noise != 0 or (retain is not None and retain.noise != 0)
-            block, warps = block_and_warps(features, noisy)
+            heavy = wanted.metrics or forget.noise != 0 or (retain is not None and retain.noise != 0)
+            block, warps = block_and_warps(features, heavy)
             run(
                 kernels.rows_kernel,
                 rows,

@@ -74,7 +74,7 @@ class RMULoss(_RMULoss):
 
 
 class AdaptiveRMULoss(_RMULoss):
-    """Adaptive RMU, token by token (Dang et al. 2024, arXiv 2408.06223); the arguments are those of `rmu_loss`.
+    """Adaptive RMU by the token (Dang et al. 2024, arXiv 2408.06223); the arguments are those of `rmu_loss`.
 
     `direction` is a buffer: it moves with `.to(device)` and is saved in the state dict.
     """

@@ -85,7 +85,7 @@ def run_rows(
     forget: Term, retain: Term | None, alpha: float, reduction: str, wanted: Wanted, grad_output
 ) -> Rows:
     if forget.hidden.device.type == "cpu" and not INTERPRETED:
-        # Only an operator gets here, one recorded in a graph: functional.py sends CPU tensors to the twin itself.
+        # Only an operator in a graph gets here: functional.py sends CPU tensors to the twin itself.
         return reference.rows(forget, retain, alpha, reduction, wanted, grad_output)
     from rmu_kernels.launch import launch_rows  # imports Triton
 
@@ -98,14 +98,14 @@ def run_rows(
     schema="""(
         Tensor hidden, Tensor? frozen, Tensor? direction, Tensor? coefficient_tensor, Tensor? mask,
         Tensor? retain_hidden, Tensor? retain_frozen, Tensor? retain_mask, Tensor? seed_tensor,
-        float coefficient, float? scale, bool keep_frozen, bool relative, float forget_noise, float retain_noise,
-        SymInt seed,
+        float coefficient, float? scale, bool keep_frozen, bool relative,
+        float forget_noise, float retain_noise, SymInt seed,
         bool loss, bool metrics, bool forget_gradient, bool retain_gradient,
         float alpha, str reduction, Tensor? grad_output
     ) -> (Tensor, Tensor, Tensor, Tensor)""",
 )
 def rows_operator(*arguments):
-    """`run_rows` in the types of operators: 9 tensors, Numbers, Wanted, the rest. What is not wanted comes back empty."""
+    """`run_rows` in the types of operators: 9 tensors, Numbers, Wanted, the rest. None is an empty result."""
     tensors, numbers, wanted = list(arguments[:9]), Numbers(*arguments[9:16]), Wanted(*arguments[16:20])
     alpha, reduction, grad_output = arguments[20:]
     rows = run_rows(*unflatten(tensors, numbers), alpha, reduction, wanted, grad_output)
@@ -147,7 +147,7 @@ def _(hidden):
 
 
 def needs_operator(tensor: Tensor) -> bool:
-    """A compiler, an exporter or a tensor subclass must see one node of a graph; an eager call is spared the detour."""
+    """A compiler, an exporter or a tensor subclass must see one node; an eager call is spared the detour."""
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter)
 
 
@@ -189,7 +189,7 @@ def compute(
 class FusedLoss(torch.autograd.Function):
     """The gradient is written in the forward pass, as if grad_output were 1, and corrected where it is not.
 
-    In fp16 such a gradient would underflow before a loss scale reaches it: there the backward pass computes it.
+    In fp16 such a gradient would underflow before a loss scale reaches it: the backward pass computes it.
     """
 
     @staticmethod

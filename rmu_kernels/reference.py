@@ -1,4 +1,4 @@
-"""The losses in plain PyTorch: the definition, the tests' oracle, and the path for tensors without a kernel."""
+"""The losses in plain PyTorch: the definition, and the path for tensors without a kernel."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Term(NamedTuple):
 
     with a_t = `coefficient`, or `scale` * ||frozen_t|| when `scale` is given; without a direction a_t is 0.
     `relative` divides a token's error by ||frozen_t||^2. Tokens whose `mask` is zero count nothing.
-    Terms of one loss share a `seed` and differ in `stream`. Shapes as in `rmu_kernels.functional`, which checks them.
+    Terms of one loss share a `seed` and differ in `stream`. Shapes are those of `rmu_kernels.functional`.
     """
 
     hidden: Tensor
@@ -46,7 +46,8 @@ class Wanted(NamedTuple):
 class Rows(NamedTuple):
     """What it computed; what was not wanted is None.
 
-    loss: 0-d, or a value per token for "none". parts: `[2]`, or `[7]` with metrics, as of `rmu_loss`; None for "none".
+    loss: 0-d, or a value per token for "none".
+    parts: `[2]`, or `[7]` with metrics, as of `rmu_loss`; None for "none".
     """
 
     loss: Tensor | None = None
@@ -98,7 +99,7 @@ def token_values(term: Term) -> TokenValues:
     counted = None if term.mask is None else (term.mask != 0)[..., None]
 
     def masked(rows: Tensor) -> Tensor:
-        # By selection, not by a product: what a masked row holds, NaN included, reaches neither loss nor gradient.
+        # By selection, not by a product, so that no NaN of a masked row reaches the loss or the gradient.
         return rows if counted is None else torch.where(counted, rows, 0.0)
 
     hidden = masked(term.hidden.to(dtype))
@@ -132,7 +133,7 @@ def token_values(term: Term) -> TokenValues:
 
 
 def token_weights(term: Term, reduction: str) -> Tensor | float:
-    """The weight of every token's squared error in the loss; a masked token's error is 0, whatever its weight."""
+    """The weight of every token's squared error in the loss; the error of a masked one is 0."""
     features = term.hidden.shape[-1]
     if reduction == "sum":
         return 1.0
@@ -182,7 +183,7 @@ def term_metrics(term: Term, values: TokenValues) -> list[Tensor]:
 def rmu_loss(
     forget: Term, retain: Term, alpha: float, reduction: str, metrics: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss; and, detached, `[2]` or `[7]`: forget loss, retain loss, then with metrics those in METRICS."""
+    """The loss; and, detached, `[2]` or `[7]`: forget loss, retain loss, with metrics those in METRICS."""
     forget_values, retain_values = token_values(forget), token_values(retain)
     forget_loss = reduce_errors(forget, forget_values, reduction)
     retain_loss = reduce_errors(retain, retain_values, reduction)
@@ -201,7 +202,7 @@ def rows(
     wanted: Wanted,
     grad_output: Tensor | None = None,
 ) -> Rows:
-    """The twin of `launch.launch_rows`: the loss forget + alpha * retain, and its gradients times grad_output."""
+    """The twin of `launch.launch_rows`: forget + alpha * retain, and its gradients times grad_output."""
     loss = parts = forget_gradient = retain_gradient = None
     if wanted.loss and retain is None:
         loss = term_loss(forget, reduction)

@@ -1,4 +1,4 @@
-"""DTensor: how the operators act on tensors whose tokens are spread over ranks. Importing it registers the rules."""
+"""DTensor: how the operators act on tokens spread over ranks. Importing this registers the rules."""
 
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding

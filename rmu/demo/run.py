@@ -20,7 +20,8 @@ from rmu.demo import DATA, evaluation_inputs
 from rmu.evaluation import evaluate, load_model
 
 CHANCE = 0.25
-RETAIN = [str(DATA / f"{name}.jsonl.gz") for name in ("retain_glosses", "retain_prose")]
+# Rows come from the corpora in turn, so a corpus named twice gives twice as many.
+RETAIN = [str(DATA / f"{name}.jsonl.gz") for name in ("retain_glosses", "retain_glosses", "retain_prose")]
 # Continued greedily by both models and shown side by side; nothing is scored here.
 PROMPTS = [
     ("forget", "The zebra is an animal that"),

@@ -1,4 +1,4 @@
-"""The losses once more, in fp64 and as plainly as can be, independent of the package; and inputs to try them on."""
+"""The losses once more, in fp64, plainly and independent of the package; and inputs to try them on."""
 
 from dataclasses import dataclass, field
 
@@ -115,7 +115,7 @@ def rounding(dtype, device) -> float:
 
 
 def assert_gradient(actual, gradient, scale=1.0, stores=1):
-    """Equal up to the rounding of `stores` stores, and to fp32 rounding of the largest: differences may cancel."""
+    """Equal up to the rounding of `stores` stores, and to fp32's of the largest: differences may cancel."""
     gradient = gradient * scale
     bound = 1.01 * stores * rounding(actual.dtype, actual.device) * gradient.abs()
     bound += 2**-21 * (gradient.abs().max() if gradient.numel() else 0.0)

@@ -1,6 +1,4 @@
-"""Every kernel compiles for every target, on a machine without a GPU; on NVIDIA it spills nothing and moves 128 bits
-at a time.
-"""
+"""Every kernel compiles for every target without a GPU; on NVIDIA it spills nothing and moves 128 bits."""
 
 import pytest
 import torch
@@ -71,7 +69,7 @@ def test_no_spills(variant, features, dtype, target):
         ("cached", 2 + 4 + 2 + 2, 2 + 2),
         ("adaptive", 2 + 2 + 4 + 2 + 2, 2 + 2),
         ("adaptive, forward only", 2 + 2 + 4 + 2 + 2, 0),
-        ("adaptive, masked, metrics", 2 + 2 + 4 + 2 + 2, 2 + 2),
+        ("adaptive, masked", 2 + 2 + 4 + 2 + 2, 2 + 2),
     ],
 )
 def test_every_element_moves_once_and_by_128_bits(variant, reads, writes, features):
@@ -96,7 +94,7 @@ def test_unaligned_rows_compile():
 
 
 def test_specialisation_is_the_launcher_s():
-    """1 becomes a constant, multiples of 16 are marked, None disappears: unless the kernel asks for none of it."""
+    """1 becomes a constant, multiples of 16 are marked, None disappears, unless the kernel asks not to."""
     constants, attributes = {}, {}
     types = aot.specialise((1, 32, 3, 2**40, 0.5, None), (0,), constants, attributes, False)
     assert types == ("constexpr", "i32", "i32", "i64", "fp32", "constexpr")

@@ -64,7 +64,7 @@ def test_triton_is_needed(monkeypatch):
 
 
 def test_import_needs_only_torch():
-    """Neither triton nor anything of the training package comes along, and without triton the import works."""
+    """Nothing of the training package comes along, and without triton the import works."""
     code = """
 import sys, torch
 before = set(sys.modules)

@@ -1,4 +1,4 @@
-"""Every argument's wrong shape, dtype, device, value and combination, one by one: the message names the argument."""
+"""Every argument's wrong shape, dtype, device, value and combination: the message names the argument."""
 
 import pytest
 import torch

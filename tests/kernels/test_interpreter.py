@@ -1,4 +1,4 @@
-"""Triton decides when a kernel is defined whether it is interpreted, so the interpreter has a process of its own."""
+"""Triton decides at a kernel's definition whether to interpret it: the interpreter gets its own process."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Every loss and its gradient against fp64, over forms, dtypes, shapes, masks, reductions, strides and grad_output."""
+"""Every loss and its gradient against fp64: forms, dtypes, shapes, masks, reductions, strides, factors."""
 
 import itertools
 

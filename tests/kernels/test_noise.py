@@ -1,4 +1,4 @@
-"""Random noise augmentation and random steering vectors: the distribution of the noise and what its seed decides."""
+"""Random noise augmentation and random steering vectors: the noise's distribution, what its seed decides."""
 
 import math
 

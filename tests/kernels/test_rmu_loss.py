@@ -1,4 +1,4 @@
-"""The whole loss of a step: both terms together, alpha, the metrics, which gradients are asked for, the modules."""
+"""The whole loss of a step: both terms, alpha, the metrics, which gradients are asked for, the modules."""
 
 import pytest
 import torch
