@@ -44,18 +44,19 @@ def find_target(
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[str]:
     """Replace ``auto`` in the method's c or beta by numbers; returns them and the natural norms they go by, in words."""
-    name = "coefficient" if args.method == "rmu" else "scale"
+    adaptive = args.method == "adaptive"
+    name = "scale" if adaptive else "coefficient"
     lengths = args.per_topic("forget_max_length", len(forget))
     norms = []
     for i, corpus in enumerate(forget):
         texts = sample_texts(corpus, SAMPLES, f"forget[{i}]")
         batches = forget_batches(texts, tokenizer, lengths[i], args.per_device_train_batch_size)
         norms.append(window_norms(window, batches, f"forget[{i}]"))
-    proposed = [propose_coefficient(row) if args.method == "rmu" else SCALE for row in norms]
+    proposed = [SCALE if adaptive else propose_coefficient(row) for row in norms]
     given = args.per_topic(name, len(forget))
     values = [new if old == AUTO else old for old, new in zip(given, proposed, strict=True)]
     setattr(args, name, values)
-    symbol = "c" if args.method == "rmu" else "beta"
+    symbol = "beta" if adaptive else "c"
     lines = [
         f"natural norms of forget[{i}] at layer {row.layer}: median {row.median:.3g}, mean {row.mean:.3g}, max {row.maximum:.3g}, "
         f"first and BOS positions {row.sink_median:.3g}; {symbol} = {value:g}"

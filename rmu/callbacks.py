@@ -163,7 +163,7 @@ def side_accuracy(rows: Sequence[dict[str, Any]], side: str) -> float:
     Raises:
         ValueError: no question is of that side.
     """
-    counted = [row for row in rows if row["side"] in (side, None) and row["domain"] in ("all", None)]
+    counted = [row for row in rows if row["side"] in (side, None)]
     if not counted:
         raise ValueError(f"{side}_tasks: none of their questions is of the {side} side")
     return sum(row["n"] * row["accuracy"] for row in counted) / sum(row["n"] for row in counted)

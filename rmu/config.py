@@ -194,8 +194,10 @@ class RMUConfig(TrainingArguments):
         for name, value in [*lengths, ("retain_max_length", self.retain_max_length)]:
             if value < 2:
                 raise ValueError(f"{name}: got {value}, expected at least 2 tokens")
-        if self.method == "rsv" and not {0, AUTO}.isdisjoint(self.coefficient):
-            raise ValueError(f"coefficient: got {self.coefficient}, expected numbers above 0 for method rsv")
+        if self.method == "rsv" and AUTO in self.coefficient:
+            raise ValueError("coefficient: got auto, for which method rsv has no rule; expected a number")
+        if self.method == "rsv" and 0 in self.coefficient:
+            raise ValueError("coefficient: got 0, expected more than 0 for method rsv")
         if self.relative and not (self.method == "rsv" or (self.method, self.scope) == ("adaptive", "token")):
             raise ValueError(
                 f"relative: got true with method {self.method} and scope {self.scope}, "
@@ -228,7 +230,7 @@ class RMUConfig(TrainingArguments):
 
     def wants_calibration(self) -> bool:
         """Whether the layer, or the method's c or beta, is to be found from the model and the text to forget."""
-        return AUTO in (self.layer, *(self.coefficient if self.method == "rmu" else self.scale))
+        return AUTO in (self.layer, *(self.scale if self.method == "adaptive" else self.coefficient))
 
     def per_topic(self, name: str, topics: int) -> list[Any]:
         """A field's values, one a topic.

@@ -138,12 +138,18 @@ class LoRAWindow(LayerWindow):
                 (folder / name).write_bytes(content)
 
 
-def quantization_config(quantization: str) -> BitsAndBytesConfig:
-    """The arguments of ``from_pretrained`` for a base in ``4bit`` (NF4) or ``8bit``.
+def quantization_config(quantization: str, device: torch.device) -> BitsAndBytesConfig:
+    """What ``from_pretrained`` takes for a base in ``4bit`` (NF4) or ``8bit`` on ``device``.
 
     Raises:
         ImportError: bitsandbytes is missing.
+        ValueError: 4 bits on a CPU: a forward pass without gradient repacks bitsandbytes' weights there into a form whose
+            gradient is silently wrong.
     """
+    if quantization == "4bit" and device.type == "cpu":
+        raise ValueError(
+            "quantization: got 4bit on a CPU, where bitsandbytes gives wrong gradients; expected a GPU, or 8bit"
+        )
     if find_spec("bitsandbytes") is None:
         raise ImportError(
             f"quantization: {quantization} needs bitsandbytes, which is not installed: pip install bitsandbytes"

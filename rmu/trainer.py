@@ -155,8 +155,8 @@ class RMUTrainer(Trainer):
         )
         self.directions = self.directions.to(self.args.device)
         self.rounding = None
-        # An adapter is not a weight: what rounds is the product that is merged one day.
-        if not isinstance(self.window, LoRAWindow) and self.window.model.dtype.itemsize < 4:
+        # Adapters are not rounded to the model's dtype.
+        if torch.finfo(self.window.model.dtype).bits < 32 and not isinstance(self.window, LoRAWindow):
             self.rounding = UpdateRounding(self.window.trained, self.window.model.dtype)
             self.add_callback(self.rounding)
         if self.args.device.type == "cpu":
@@ -352,6 +352,6 @@ def load_arguments(args: RMUConfig, trust_remote_code: bool = False) -> dict[str
     """The arguments of ``from_pretrained`` for the base model that the settings ask for."""
     arguments: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": trust_remote_code}
     if args.quantization != "none":
-        arguments["quantization_config"] = quantization_config(args.quantization)
+        arguments["quantization_config"] = quantization_config(args.quantization, args.device)
         arguments["device_map"] = {"": args.device}
     return arguments

@@ -111,6 +111,15 @@ def test_auto_takes_the_proposals(tmp_path):
     assert args.layer == 4 and trainer.coefficient.values == [2.0, 2.0]
 
 
+def test_rsv_takes_the_layer_alone(tmp_path):
+    folder = planted_folder(tmp_path / "base")
+    args = config(tmp_path / "out", method="rsv", layer="auto", coefficient=[3.0])
+    trainer = RMUTrainer(folder, args, forget=[random_texts(1)], retain=[random_texts(3)])
+    assert args.layer == 2 and trainer.coefficient.values == [3.0] and args.scale == [5.0]
+    with pytest.raises(ValueError, match="coefficient: got auto, for which method rsv has no rule"):
+        config(tmp_path, method="rsv", coefficient="auto")
+
+
 @pytest.mark.parametrize("field", ["layer", "coefficient", "scale", "alpha"])
 def test_no_other_word_than_auto(tmp_path, field):
     word = "auto" if field == "alpha" else "car"

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from rmu import LayerWindow, RMUConfig, RMUTrainer
 from rmu.cli import main
 from rmu.lora import LoRAWindow
+from rmu.trainer import make_window
 from tests.tiny import random_texts, tiny_folder, tiny_model, word_tokenizer, write_jsonl
 
 peft = pytest.importorskip("peft")
@@ -115,6 +116,12 @@ def test_a_base_in_bfloat16_has_float32_adapters_unless_asked():
     assert {p.dtype for p in window.trained} == {torch.bfloat16}
 
 
+def test_rounding_of_the_model_dtype_is_not_counted_for_adapters(tmp_path):
+    trainer = trained(tmp_path, dtype="bfloat16", max_steps=1)
+    assert trainer.window.model.dtype == torch.bfloat16
+    assert trainer.rounding is None and trainer.run_record()["update_rounding"] is None
+
+
 def test_the_seed_draws_the_adapters_and_resuming_goes_on_with_them(tmp_path):
     whole = trained(tmp_path, save_strategy="steps", save_steps=3)
     again = RMUTrainer(tmp_path / "base", config(tmp_path / "b"), forget=[TEXTS], retain=[TEXTS])
@@ -167,10 +174,11 @@ def test_bad_settings_are_named(tmp_path, settings, message):
     ("package", "flags", "message"),
     [
         ("peft", [], "pip install 'rmu-kernels[peft]'"),
-        ("bitsandbytes", ["--quantization", "4bit"], "quantization: 4bit needs bitsandbytes"),
+        ("bitsandbytes", ["--quantization", "8bit"], "quantization: 8bit needs bitsandbytes"),
+        ("bitsandbytes", ["--quantization", "4bit"], "quantization: got 4bit on a CPU"),
     ],
 )
-def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch, package, flags, message):
+def test_what_cannot_run_is_named(tmp_path, capsys, monkeypatch, package, flags, message):
     monkeypatch.setitem(sys.modules, package, None)
     base, corpus = tiny_folder(tmp_path / "base"), str(write_jsonl(tmp_path / "c.jsonl", TEXTS))
     argv = ["unlearn", "--model", str(base), "--forget", corpus, "--retain", corpus, "--layer", "2"]
@@ -178,6 +186,31 @@ def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch, package, flag
     assert main(argv) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_gradients_through_an_8_bit_base(tmp_path):
+    """They are those of the same model with the quantized weights written out, but for the rounding of activations."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base = tiny_folder(tmp_path / "base", hidden_size=128, intermediate_size=256)
+    args = config(tmp_path / "out", quantization="8bit", dtype="float32")
+    quantized = make_window(base, args)
+    plain = LoRAWindow.from_pretrained(str(base), 2, dtype=torch.float32, rank=4, alpha=6.0)
+    found = 0
+    for name, module in quantized.model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            weight = peft.utils.integrations.dequantize_module_weight(module)
+            plain.model.get_submodule(name).weight.data.copy_(weight)
+            found += 1
+    assert found == 21
+    with torch.no_grad():
+        for parameter in quantized.trained:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    plain.load_trained_tensors(dict(quantized.trained_tensors()))
+    for window in (quantized, plain):
+        (hidden,) = window(window.frozen(IDS))
+        (hidden - 3).square().mean().backward()
+    for a, b in zip(quantized.trained, plain.trained, strict=True):
+        assert torch.cosine_similarity(a.grad.flatten(), b.grad.flatten(), dim=0) > 0.99
 
 
 def test_the_command_writes_an_adapter(tmp_path, capsys):
