@@ -89,7 +89,7 @@ class EvaluationCallback(TrainerCallback):
         with self.trainer.window.original():
             self.before = self._measure()
         if state.global_step == 0:
-            self._log(self.before)
+            self._log(self.before, control)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,7 +98,7 @@ class EvaluationCallback(TrainerCallback):
             return
         with self.trainer.window.trained_in(self.model):
             now = self._measure()
-        self._log(now)
+        self._log(now, control)
         reason = self._reached(now)
         if reason:
             stop(self.trainer, control, reason)
@@ -114,8 +114,11 @@ class EvaluationCallback(TrainerCallback):
         }
         return {side: side_accuracy(rows[tasks], side) for side, tasks in self.tasks.items() if tasks}
 
-    def _log(self, accuracy: dict[str, float]) -> None:
+    def _log(self, accuracy: dict[str, float], control: TrainerControl) -> None:
+        # Logging takes back the order to log this step's loss.
+        should_log = control.should_log
         self.trainer.log({f"eval_{side}_accuracy": value for side, value in accuracy.items()})
+        control.should_log = should_log
 
     def _reached(self, now: dict[str, float]) -> str | None:
         if self.stop_forget_accuracy is None or now["forget"] > self.stop_forget_accuracy:

@@ -80,6 +80,7 @@ def test_a_run_with_evaluation_measures_what_it_saves_and_trains_the_same(tmp_pa
     corpus = str(write_jsonl(tmp_path / "c.jsonl", TEXTS))
     argv = ["unlearn", "--model", str(base), "--forget", corpus, "--retain", corpus, "--layer", "2"]
     argv += ["--max_steps", "5", "--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "0.05"]
+    argv += ["--logging_steps", "2"]
     assert main([*argv, "--output_dir", str(tmp_path / "plain")]) == 0
     flags = ["--evaluate_every", "2", "--include_path", str(tasks)]
     flags += ["--forget_tasks", "tiny_words", "--retain_tasks", "tiny_words"]
@@ -90,6 +91,10 @@ def test_a_run_with_evaluation_measures_what_it_saves_and_trains_the_same(tmp_pa
     record = json.loads((tmp_path / "out" / "rmu_run.json").read_text())
     assert [entry["step"] for entry in record["evaluations"]] == [0, 2, 4, 5]
     assert record["steps"] == 5 and record["stopped_by"] is None
+    plain = json.loads((tmp_path / "plain" / "rmu_run.json").read_text())
+    assert [(e["step"], e["loss"]) for e in record["history"]] == [
+        (e["step"], e["loss"]) for e in plain["history"]
+    ]
     for folder, entry in (("base", record["evaluations"][0]), ("out", record["evaluations"][-1])):
         rows = evaluate_tasks(*load_model(tmp_path / folder), ["tiny_words"], tasks)
         for side in ("forget", "retain"):
@@ -202,10 +207,11 @@ def test_targets_without_evaluation_are_an_error(tmp_path, capsys):
 
 def test_a_side_without_questions_is_an_error():
     row = {"task": "t", "side": "forget", "domain": "x", "n": 4, "accuracy": 0.5}
-    rows = [row, {**row, "n": 12, "accuracy": 0.25}, {**row, "side": "other", "accuracy": 1.0}]
+    rows = [row, {**row, "domain": "y", "n": 12, "accuracy": 0.25}]
     assert side_accuracy(rows, "forget") == pytest.approx((4 * 0.5 + 12 * 0.25) / 16)
     with pytest.raises(ValueError, match="retain_tasks: none"):
         side_accuracy(rows, "retain")
+    assert side_accuracy([*rows, {**row, "side": "retain", "accuracy": 0.9}], "retain") == 0.9
 
 
 def test_a_window_on_a_whole_model_trains_as_a_truncated_one(tmp_path):
