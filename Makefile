@@ -7,7 +7,7 @@ ifeq ($(PYTHON),.venv/bin/python)
 ENV = .venv/.installed
 endif
 
-.PHONY: demo test lint
+.PHONY: demo test lint aot gpu
 .venv/.installed: pyproject.toml
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip
@@ -25,3 +25,10 @@ test: $(ENV)
 lint: $(ENV)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+aot: $(ENV)
+	$(PYTHON) -m rmu_kernels.aot $(ARGS)
+
+gpu: $(ENV)
+	$(PYTHON) -m pytest -m gpu tests/kernels tests/gpu $(ARGS)
+	for benchmark in $(wildcard benchmarks/bench_*.py); do $(PYTHON) $$benchmark || exit 1; done

@@ -18,6 +18,7 @@ _RELEASED: dict[str, Any] = {
     "shuffle": False,
     "direction_distribution": "uniform",
     "parameter_dtype": "auto",
+    "lora_rank": 0,
     "relative": False,
     "retain_noise": 0.0,
     "optim": "adamw_rmu",

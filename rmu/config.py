@@ -213,7 +213,7 @@ class RMUConfig(TrainingArguments):
             raise ValueError(f"lora_rank: got {self.lora_rank}, expected 0 or more")
         if self.lora_alpha is None:
             self.lora_alpha = float(self.lora_rank)
-        elif not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
+        elif self.lora_rank and not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
             raise ValueError(f"lora_alpha: got {self.lora_alpha}, expected a finite number above 0")
         if self.quantization != "none" and not self.lora_rank:
             raise ValueError(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _READERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -33,6 +34,10 @@ def load_corpus(
     Raises:
         ValueError: no such file or data set, unreadable, no such field, or nothing left.
     """
+    # Here, so that a trainer that is given its texts runs without the library.
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
     path = Path(source)
     suffixes = [s for s in path.suffixes if s not in _COMPRESSED]
     reader = _READERS.get(suffixes[-1]) if suffixes else None

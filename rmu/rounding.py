@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-SAMPLE = 65536  # elements of a tensor that are looked at; more would only slow the steps down
+SAMPLE = 65536  # most elements of a tensor that are looked at; more would only slow the steps down
 
 
 class UpdateRounding(TrainerCallback):
@@ -74,4 +74,4 @@ class UpdateRounding(TrainerCallback):
 
 def _sample(tensor: Tensor) -> Tensor:
     flat = tensor.detach().flatten()
-    return flat[:: max(1, flat.numel() // SAMPLE)]
+    return flat[:: max(1, -(-flat.numel() // SAMPLE))]

@@ -140,7 +140,7 @@ def adaptive_coefficient(
 
 
 class RMULossOutput(NamedTuple):
-    """0-d fp32 tensors: loss = forget_loss + alpha * retain_loss carries the gradient, all others are detached.
+    """0-d fp32 tensors; loss = forget_loss + alpha * retain_loss carries the gradient, others are detached.
 
     metrics: empty unless asked for; then the means over counted tokens `forget_norm` (||h||),
     `forget_cosine` (h against its target), `coefficient_mean`, `retain_norm`, `retain_cosine` (h against

@@ -1,7 +1,7 @@
 """Triton kernels of the row form in `rmu_kernels.reference.Term`: one program per token, fp32 arithmetic.
 
-A pointer that a launch does not need is None, which Triton compiles away. Leading dimensions arrive as `[B,
-T]` with `length` = T and two strides; offsets are int64, since a tensor may hold more than 2^31 elements.
+A pointer that a launch does not need is None, which Triton compiles away. Leading dimensions arrive as
+`[B, T]` with `length` = T and two strides; offsets are int64, since a tensor may hold over 2^31 elements.
 """
 
 from typing import NamedTuple

@@ -8,11 +8,11 @@ from torch import Tensor
 from rmu_kernels import kernels
 from rmu_kernels.reference import Rows, Term, Wanted
 
-LARGEST_BLOCK = (
-    16384  # columns that the registers of 16 warps hold; longer rows are taken in pieces of LOOP_BLOCK
-)
-LOOP_BLOCK = 8192  # and all that noise or metrics, which take registers too, leave room for
-COUNT_SEGMENT = 4096  # tokens counted by one program
+# Columns that the registers of 16 warps hold, and what noise or metrics, which take some too, leave room for.
+# Longer rows are taken in pieces. `python -m rmu_kernels.aot` shows where a kernel begins to spill.
+LARGEST_BLOCK = 16384
+LOOP_BLOCK = 8192
+COUNT_SEGMENT = 4096  # tokens that one program counts
 REDUCE_BLOCK = 4096
 
 
@@ -171,7 +171,6 @@ def launch_rows(
     retain_gradient = gradient_of(retain, wanted.retain_gradient)
     values = torch.empty(rows, dtype=torch.float32, device=device) if wanted.loss else None
     measured = torch.empty(3 * rows, dtype=torch.float32, device=device) if wanted.metrics else None
-    seed = forget.seed
     grad_output_strides = (0, 0)
     if grad_output is not None and grad_output.ndim:
         grad_output, grad_output_strides = row_view(grad_output, 0)
@@ -202,8 +201,8 @@ def launch_rows(
                 retain_segments,
                 grad_output,
                 grad_output_strides,
-                seed if isinstance(seed, Tensor) else None,
-                0 if seed is None or isinstance(seed, Tensor) else seed,
+                forget.seed if isinstance(forget.seed, Tensor) else None,
+                forget.seed if isinstance(forget.seed, int) else 0,
                 values,
                 measured,
                 FORGET_FLAGS=term_flags(forget),

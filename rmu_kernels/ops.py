@@ -17,7 +17,7 @@ from rmu_kernels.reference import Rows, Term, Wanted
 
 
 class Numbers(NamedTuple):
-    """What the two terms of a loss hold beside tensors: they differ in nothing else."""
+    """What `Term`s of a loss hold beside tensors."""
 
     coefficient: float
     scale: float | None
@@ -114,12 +114,8 @@ def rows_operator(*arguments):
 
 @rows_operator.register_fake
 def _(*arguments):
-    hidden, retain_hidden, wanted, reduction = (
-        arguments[0],
-        arguments[5],
-        Wanted(*arguments[16:20]),
-        arguments[21],
-    )
+    hidden, retain_hidden, reduction = arguments[0], arguments[5], arguments[21]
+    wanted = Wanted(*arguments[16:20])
     per_token = reduction == "none"
     loss = hidden.new_empty(hidden.shape[:-1] if per_token else (), dtype=torch.float32)
     parts = hidden.new_empty(7 if wanted.metrics else 2, dtype=torch.float32)

@@ -45,6 +45,15 @@ def test_unlearn_writes_a_model_that_loads(place, capsys):
     assert not torch.equal(*weights)
 
 
+def test_compat_prints_what_it_sets_and_refuses_what_contradicts_it(place, capsys):
+    assert main(arguments(place, compat="released", method="adaptive")) == 0
+    printed = capsys.readouterr().out
+    for setting in ("padding_side left", "scope first_batch", "optim adamw_rmu", "adam_epsilon 1e-06"):
+        assert setting in printed
+    other = arguments(place, compat="released", scope="batch", output_dir="other")
+    fails(capsys, other, "scope: got 'batch', but compat released needs 'first_batch'")
+
+
 def test_runs_as_a_command(place):
     run = subprocess.run(
         [sys.executable, "-m", "rmu", *arguments(place)],

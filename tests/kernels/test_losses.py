@@ -121,6 +121,19 @@ def test_strides(layout, form, place):
     check(form, inputs, "mean", place)
 
 
+@pytest.mark.parametrize("form", ["adaptive", "retain"])
+def test_offsets_beyond_32_bits(form, place):
+    """Rows 2^30 elements apart, the last beyond 2^31; on the CPU the memory in between is never touched."""
+    inputs = make_inputs(form, (4,), 96, torch.bfloat16, device=place.device)
+    for name in ("hidden", "frozen"):
+        rows = torch.empty(3 * 2**30 + 96, dtype=torch.bfloat16, device=place.device).as_strided(
+            (4, 96), (2**30, 1)
+        )
+        setattr(inputs, name, rows.copy_(getattr(inputs, name).detach()))
+    inputs.hidden.requires_grad_()
+    check(form, inputs, "mean", place)
+
+
 def test_more_leading_dimensions(place):
     inputs = make_inputs("steering_tokens", (2, 3, 2), 96, torch.float32, device=place.device, mask="some")
     inputs.hidden = inputs.hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
