@@ -8,10 +8,10 @@ from torch import Tensor
 from rmu_kernels import kernels
 from rmu_kernels.reference import Rows, Term, Wanted
 
-# Columns that the registers of 16 warps hold, and what noise or metrics, which take some too, leave room for.
-# Longer rows are taken in pieces. `python -m rmu_kernels.aot` shows where a kernel begins to spill.
-LARGEST_BLOCK = 16384
-LOOP_BLOCK = 8192
+# Columns that the registers of 16 warps hold: metrics and noise need registers too, and so do longer rows,
+# which are taken in pieces. `python -m rmu_kernels.aot` finds what spills.
+LARGEST_BLOCK, LARGEST_WITH_METRICS, LARGEST_WITH_NOISE = 16384, 8192, 4096
+LARGEST_PIECE = 8192
 COUNT_SEGMENT = 4096  # tokens that one program counts
 REDUCE_BLOCK = 4096
 
@@ -25,10 +25,12 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def block_and_warps(features: int, heavy: bool = False) -> tuple[int, int]:
+def block_and_warps(features: int, metrics: bool = False, noise: bool = False) -> tuple[int, int]:
     """Columns that a program holds, and its warps: 32 would not fit the 64 lanes of an AMD wavefront."""
-    largest = LOOP_BLOCK if heavy else LARGEST_BLOCK
-    block = LOOP_BLOCK if features > largest else next_power_of_2(features)
+    largest = LARGEST_WITH_NOISE if noise else LARGEST_WITH_METRICS if metrics else LARGEST_BLOCK
+    if features > largest:
+        return min(largest, LARGEST_PIECE), 16
+    block = next_power_of_2(features)
     return block, 4 if block <= 2048 else 8 if block <= 4096 else 16
 
 
@@ -186,8 +188,8 @@ def launch_rows(
                 retain_weight = constant_weight(retain_rows, features, reduction)
                 retain_arguments = row_arguments(retain, retain_gradient, retain_weight, float(alpha))
                 retain_flags = term_flags(retain)
-            heavy = wanted.metrics or forget.noise != 0 or (retain is not None and retain.noise != 0)
-            block, warps = block_and_warps(features, heavy)
+            noise = forget.noise != 0 or (retain is not None and retain.noise != 0)
+            block, warps = block_and_warps(features, wanted.metrics, noise)
             run(
                 kernels.rows_kernel,
                 rows,
