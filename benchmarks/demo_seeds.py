@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--model", help="model folder or hub id (default: the demo's)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments, overrides = parser.parse_known_args()
-    revision = git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    revision = git("rev-parse", "--short", "HEAD") + (
+        "-dirty" if git("status", "--porcelain", "rmu", "rmu_kernels") else ""
+    )
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder:
             results, _ = run_demo(
