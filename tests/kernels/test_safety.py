@@ -26,6 +26,15 @@ def test_masked_rows_do_not_leak(form, reduction, bad, place):
     assert_gradient(inputs.hidden.grad, gradient, 2.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_infinite_factor_leaves_masked_rows_zero(dtype, place):
+    """A loss scale that overflows meets 0 * inf there."""
+    inputs = make_inputs("adaptive", (3, 4), 96, dtype, device=place.device, mask="some")
+    call("adaptive", inputs, "mean", place.backend).backward(torch.tensor(torch.inf, device=place.device))
+    assert not inputs.hidden.grad[inputs.mask == 0].any()
+    assert not inputs.hidden.grad[inputs.mask != 0].isfinite().any()
+
+
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("where", ["hidden", "frozen", "direction"])
 def test_counted_rows_reach_the_loss(where, bad, place):
