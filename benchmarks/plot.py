@@ -13,6 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from rmu.verdict import CHANCE_ERRORS, PERPLEXITY_RATIO, RETAIN_POINTS, mean, pool
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CHANCE = 0.25
@@ -46,7 +48,7 @@ def demo_table(rows: pd.DataFrame) -> str:
             before, after = (pooled(part, ["seed"], column) for column in ("before", "after"))
             questions = int(part[part.seed == part.seed.iloc[0]].n.sum())
             template = "all templates" if task is None else f"template *{task.removeprefix('rmu_demo_')}*"
-            name = f"{side} accuracy, {template} ({questions} answers)"
+            name = f"{side} accuracy, {template} ({questions} questions)"
             values = [f"{100 * before.mean():.1f} %", f"{100 * after.mean():.1f} ± {100 * after.std():.1f} %"]
             if task is None:
                 name, values = f"**{name}**", [f"**{value}**" for value in values]
@@ -56,15 +58,41 @@ def demo_table(rows: pd.DataFrame) -> str:
         f"| perplexity of held-out prose | {runs.perplexity_before.mean():.1f} | "
         f"{runs.perplexity_after.mean():.1f} ± {runs.perplexity_after.std():.1f} |"
     )
+    met = goals_met(rows)
     first = rows.iloc[0]
     lines += [
         "",
-        f"Mean ± standard deviation of {len(runs)} seeds; chance is {100 * CHANCE:.0f} %. Training took "
+        f"Mean ± standard deviation of {len(runs)} seeds; chance is {100 * CHANCE:.0f} %. Forget accuracy (mean of the templates) "
+        f"within 2 standard errors of chance: {met[0]} of {len(runs)} seeds; retain accuracy down by at most 2 points: {met[1]} of "
+        f"{len(runs)}; perplexity up by less than 30 %: {met[2]} of {len(runs)}. Training took "
         f"{runs.train_seconds.min():.0f} to {runs.train_seconds.max():.0f} s and "
         f"{runs.peak_memory_bytes.max() / 1e9:.2f} GB at most on {first.machine} (torch {first.torch}, transformers "
         f"{first.transformers}, revision {first.revision}, {first.date}).",
     ]
     return "\n".join(lines)
+
+
+def goals_met(rows: pd.DataFrame) -> tuple[int, int, int]:
+    """How many seeds reach each of the demo's goals, judged as the demo's own report does (``rmu.verdict``)."""
+    met = [0, 0, 0]
+    for _, run in rows.groupby("seed"):
+        scores = {}
+        for side, of_side in run.groupby("side"):
+            for column in ("before", "after"):
+                parts = of_side.assign(
+                    accuracy=of_side[column],
+                    stderr=(of_side[column] * (1 - of_side[column]) / (of_side.n - 1)) ** 0.5,
+                ).groupby("task")
+                scores[side, column] = mean([pool(part.to_dict("records")) for _, part in parts])
+        forget, before, after = (
+            scores["forget", "after"],
+            scores["retain", "before"],
+            scores["retain", "after"],
+        )
+        met[0] += abs(forget.accuracy - CHANCE) <= CHANCE_ERRORS * forget.stderr
+        met[1] += 100 * (before.accuracy - after.accuracy) <= RETAIN_POINTS
+        met[2] += bool(run.perplexity_after.iloc[0] < PERPLEXITY_RATIO * run.perplexity_before.iloc[0])
+    return met[0], met[1], met[2]
 
 
 def demo_figure(rows: pd.DataFrame, path: Path) -> None:
