@@ -28,7 +28,8 @@ def main() -> None:
 
 def latest(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of the last revision measured: the file is append-only."""
-    return rows[rows.revision == rows.revision.iloc[-1]]
+    rows = rows[rows.revision == rows.revision.iloc[-1]]
+    return rows.drop_duplicates(["seed", "task", "domain"], keep="last")
 
 
 def pooled(rows: pd.DataFrame, keys: list[str], column: str) -> pd.Series:

@@ -50,7 +50,18 @@ def local_folder(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.bin"]
+    patterns = [
+        "*.safetensors",
+        "*.json",
+        "*.txt",
+        "*.model",
+        "*.tiktoken",
+        "*.jinja",
+        "*.py",
+        "*.md",
+        "LICENSE*",
+        "*.bin",
+    ]
     try:
         return Path(snapshot_download(str(model), allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (HFValidationError, OSError, ValueError) as error:
@@ -219,19 +230,31 @@ def save_unlearned(
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A folder beside ``output`` to write in, put in its place at the end; after an error nothing is left of it.
+    """A folder to write in, put in the place of ``output`` at the end; after an error nothing is left of it.
 
-    Where ``output`` exists already, its files are replaced one by one, ``config.json`` last.
+    It lies beside ``output`` and is renamed. Inside ``output``, and its files are moved one by one, ``config.json`` last, where
+    ``output`` holds something or cannot be renamed over: a link, a mount point, a folder of a parent that is not ours.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    inside = output.is_dir() and (
+        any(output.iterdir())
+        or output.is_symlink()
+        or os.path.ismount(output)
+        or not os.access(output.parent, os.W_OK)
+    )
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output if inside else output.parent))
     try:
         yield staging
         for path in staging.iterdir():
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())
         staging.chmod(0o755)
-        _put_in_place(staging, output)
+        if inside:
+            (output / CONFIG_FILE).unlink(missing_ok=True)
+            for path in sorted(staging.iterdir(), key=lambda p: p.name == CONFIG_FILE):
+                os.replace(path, output / path.name)
+        else:
+            os.replace(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -280,15 +303,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _put_in_place(staging: Path, output: Path) -> None:
-    if not output.exists() or not any(output.iterdir()):
-        os.replace(staging, output)
-        return
-    (output / CONFIG_FILE).unlink(missing_ok=True)
-    for path in sorted(staging.iterdir(), key=lambda p: p.name == CONFIG_FILE):
-        os.replace(path, output / path.name)
 
 
 def _existing_parent(path: Path) -> Path:

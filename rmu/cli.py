@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 COMMANDS = {
     "unlearn": "make a model forget, and save it",
@@ -35,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[list[str]], None] = globals()[f"_{command}"]
     try:
         run(rest)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was saved", code=130)
+        return _fail("interrupted", code=130)
     return 0
 
 
@@ -126,7 +127,15 @@ def parse_unlearn(argv: Sequence[str]) -> tuple[Any, Any]:
 
 def _convert(action: argparse.Action, value: Any) -> Any:
     """A YAML value as the flag would give it; argparse itself converts no default but a string."""
-    if value is None or isinstance(value, dict):
+    if value is None:
+        raise ValueError(f"config: {action.dest}: has no value")
+    if isinstance(value, dict):
+        if action.type is not dict and action.dest not in (
+            "lr_scheduler_kwargs",
+            "accelerator_config",
+            "fsdp_config",
+        ):
+            raise ValueError(f"config: {action.dest}: got {value!r}, expected one value")
         return value
     if action.nargs == "+":
         return [_convert_one(action, v) for v in (value if isinstance(value, list) else [value])]

@@ -157,6 +157,8 @@ class RMUConfig(TrainingArguments):
         if optim == optimizer.NAME:
             self.optim = TrainingArguments.optim  # the base class knows its own names only
         super().__post_init__()
+        # Several GPUs in one process would be nn.DataParallel, which cannot split a recorded pass; processes can.
+        self._n_gpu = min(self.n_gpu, 1)
         if optim == optimizer.NAME:
             self.optim = optim
 
@@ -218,6 +220,15 @@ class RMUConfig(TrainingArguments):
         if self.quantization != "none" and not self.lora_rank:
             raise ValueError(
                 f"quantization: got {self.quantization} without lora_rank, quantized weights do not train"
+            )
+        for name in ("bf16", "fp16"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}: the layers run in dtype, without autocast; set dtype and parameter_dtype instead"
+                )
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing: not supported; only the trained layers keep activations anyway"
             )
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps: got {self.max_steps}, expected at least 1, or -1 for one pass")

@@ -51,7 +51,7 @@ def load_corpus(
         elif reader or path.is_absolute() or source.count("/") > 1 or source.startswith("."):
             raise ValueError(f"{argument}: no such file: {source}")
         else:
-            name, configuration, split = [*source.split(":"), None, None][:3]
+            name, configuration, split = [*source.split(":", 2), None, None][:3]
             rows = load_dataset(name, configuration, split=split or "train")
     except (DatasetGenerationError, OSError, ConnectionError) as error:
         cause = error.__cause__ or error
@@ -223,7 +223,8 @@ class UnlearningCollator:
             start = width - len(row) if self.padding_side == "left" else 0
             input_ids[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
             attention_mask[i, start : start + len(row)] = 1
-            first[i, start] = 1
+            if row:
+                first[i, start] = 1
         loss_mask = attention_mask.clone() if self.exclude_padding else torch.ones_like(attention_mask)
         if self.exclude_sink:
             loss_mask[first.bool()] = 0

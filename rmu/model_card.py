@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 _SHOWN = (
@@ -26,8 +28,10 @@ def model_card(record: dict[str, Any], base_folder: Path | None) -> str:
     data = ModelCardData(base_model=record["base"], library_name=library, tags=["unlearning", "rmu"])
     path = base_folder / "README.md" if base_folder else None
     if path and path.is_file():
-        original = ModelCard.load(path, ignore_metadata_errors=True).data
-        data.license, data.language = original.license, original.language
+        # A card that cannot be read must not cost the run.
+        with contextlib.suppress(ValueError, OSError, yaml.YAMLError):
+            original = ModelCard.load(path, ignore_metadata_errors=True).data
+            data.license, data.language = original.license, original.language
     settings, history = record["settings"], record["history"]
     unused = {"coefficient"} if settings["method"] == "adaptive" else {"scale", "scope", "statistic"}
     lines = [

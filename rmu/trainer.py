@@ -253,6 +253,10 @@ class RMUTrainer(Trainer):
         if _internal_call:
             self._save_trained(folder)
             return
+        if not all(torch.isfinite(tensor).all() for _, tensor in self.window.trained_tensors()):
+            raise ValueError("loss: the trained tensors are not finite; nothing was saved")
+        if self.base_folder and folder.resolve() == self.base_folder.resolve():
+            raise ValueError(f"output_dir: {folder} is the original model, expected another folder")
         record = self.run_record()
         extra_files = {
             RUN_FILE: json.dumps(record, indent=2).encode(),

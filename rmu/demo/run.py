@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +48,36 @@ def run_demo(
     Raises:
         ValueError: bad input, or a failed step (it has said why).
     """
+    from rmu.cli import parse_unlearn
     from rmu.demo.model import demo_model
     from rmu.report import write_report
 
+    # What can fail is found out before the minutes of measuring.
     check_output_folder(output)
+    missing = [name for name in ("lm_eval", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"demo: {', '.join(missing)} missing: pip install 'rmu-kernels[demo]'")
+    unlearned = output / "model"
     base = local_folder(model) if model else demo_model(cache_dir)
+    settings = ["--config", "demo", "--model", str(base), "--forget", str(DATA / "forget.jsonl.gz")]
+    settings += ["--retain", *RETAIN, "--output_dir", str(unlearned), *overrides]
+    parse_unlearn(settings)
     inputs = evaluation_inputs()
 
     print("\n1/3 What the model knows", flush=True)
     before, generations, seconds = _measure(base, inputs)
 
     print("\n2/3 Unlearning animals and plants", flush=True)
-    unlearned = output / "model"
     # A process of its own, so that the peak memory it records is that of unlearning alone.
-    command = [sys.executable, "-m", "rmu", "unlearn", "--config", "demo", "--model", str(base)]
-    command += ["--forget", str(DATA / "forget.jsonl.gz"), "--retain", *RETAIN]
-    command += ["--output_dir", str(unlearned), *overrides]
-    if subprocess.run(command).returncode != 0:
+    command = [sys.executable, "-m", "rmu", "unlearn", *settings]
+    with subprocess.Popen(command) as process:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            # It has had the signal too, and needs a moment to clean up.
+            process.wait()
+            raise
+    if process.returncode != 0:
         raise ValueError("demo: unlearning failed, the lines above say why")
     record = json.loads((unlearned / "rmu_run.json").read_text())
 

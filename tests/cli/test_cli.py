@@ -146,6 +146,8 @@ def test_flags_win_over_yaml(tmp_path):
         ("a: [\n", "not valid YAML"),
         ("layer: [1, 2]\n", "layer"),
         ("layer: seven\n", "layer"),
+        ("alpha:\n", "alpha: has no value"),
+        ("scale: {a: 1}\n", "scale"),
     ],
 )
 def test_bad_yaml(place, capsys, text, message):

@@ -29,6 +29,13 @@ def test_demo(tmp_path, capfd):
     assert "report.html" in out and "chance is 25.0%" in out
 
 
+def test_a_wrong_setting_is_found_before_measuring(tmp_path, capsys):
+    base, output = tiny_folder(tmp_path / "base"), tmp_path / "out"
+    assert main(["demo", "--model", str(base), "--output_dir", str(output), "--lyer", "2"]) == 2
+    assert "did you mean '--layer'" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_demo_refuses_a_folder_in_use(tmp_path, capsys):
     (tmp_path / "mine").touch()
     assert main(["demo", "--output_dir", str(tmp_path)]) == 2

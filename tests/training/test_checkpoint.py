@@ -109,6 +109,15 @@ def test_config_comes_last_into_a_folder_in_use(base, tmp_path, monkeypatch):
     assert torch.equal(all_tensors(output)[NAMES[0]], torch.zeros(32, 48))
 
 
+def test_an_output_folder_that_is_a_link(base, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    save(base, tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert torch.equal(all_tensors(tmp_path / "elsewhere")[NAMES[0]], changed()[NAMES[0]])
+    assert not [p for p in (tmp_path / "elsewhere").iterdir() if p.is_dir()]
+
+
 def test_pickles_only_are_refused(base):
     for name in weight_files(base):
         (base / name).unlink()

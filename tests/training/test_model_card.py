@@ -1,5 +1,6 @@
 """The card names what was done and keeps the original's licence."""
 
+import pytest
 from huggingface_hub import ModelCard
 
 from rmu.model_card import model_card
@@ -32,6 +33,12 @@ def test_card(tmp_path):
     assert "| scale | 5.0, 2.5 |" in card.text and "| coefficient |" not in card.text
     assert "| forget_loss | 3.25 | 1.5 |" in card.text
     assert "`model.layers.1.mlp.down_proj.weight`" in card.text
+
+
+@pytest.mark.parametrize("text", [b"---\ntitle: a: b: c\n---\n", b"---\n- a\n---\n", b"\xff\xfe"])
+def test_a_card_that_cannot_be_read_costs_nothing(tmp_path, text):
+    (tmp_path / "README.md").write_bytes(text)
+    assert ModelCard(model_card(RECORD, tmp_path)).data.base_model == "someone/base-model"
 
 
 def test_card_of_a_base_without_one(tmp_path):

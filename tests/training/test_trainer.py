@@ -185,6 +185,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         trainer.train()
 
 
+def test_tensors_that_are_not_finite_are_not_saved(tmp_path):
+    base = tiny_folder(tmp_path / "base")
+    trainer = RMUTrainer(str(base), config(tmp_path / "out"), forget=FORGET, retain=RETAIN)
+    with torch.no_grad():
+        trainer.window.trained[0][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite; nothing was saved"):
+        trainer.save_model()
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 def test_a_stub_tokenizer_is_refused(tmp_path):
     base = tiny_folder(tmp_path / "base", vocab_size=5000)
     with pytest.raises(ValueError, match="it has 96 tokens and the model's vocabulary 5000"):
@@ -203,6 +213,8 @@ def test_a_stub_tokenizer_is_refused(tmp_path):
         ("learning_rate", 0.0, "learning_rate: got 0.0"),
         ("forget_max_length", 1, "forget_max_length: got 1"),
         ("dtype", "int8", "dtype: got 'int8'"),
+        ("gradient_checkpointing", True, "gradient_checkpointing: not supported"),
+        ("bf16", True, "bf16: the layers run in dtype"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, field, value, message):
