@@ -48,9 +48,9 @@ def run_demo(
     Raises:
         ValueError: bad input, or a failed step (it has said why).
     """
-    from rmu.cli import parse_unlearn
     from rmu.demo.model import demo_model
     from rmu.report import write_report
+    from rmu.settings import parse_unlearn
 
     # What can fail is found out before the minutes of measuring.
     check_output_folder(output)

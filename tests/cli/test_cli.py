@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rmu.cli import main, parse_unlearn, preset_names, read_settings
+from rmu.cli import main
+from rmu.settings import parse_unlearn, preset_names, read_settings
 from tests.tiny import random_texts, tiny_folder, write_jsonl
 
 

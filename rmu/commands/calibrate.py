@@ -1,0 +1,55 @@
+"""``rmu calibrate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rmu.calibrate import calibrate, table, write_calibration
+from rmu.commands.parser import Parser
+from rmu.config import DTYPES
+from rmu.data import load_corpus
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(
+        "rmu calibrate",
+        description="Measure the norms of hidden states in every layer on the text to forget, in one pass, and propose the "
+        "hooked layer, c of RMU and beta of Adaptive RMU.",
+    )
+    parser.add_argument("--model", required=True, help="model folder or hub id")
+    parser.add_argument("--forget", required=True, nargs="+", help="one corpus for each topic to forget")
+    parser.add_argument("--text_field", default="text", help="field of the corpora that holds the text")
+    parser.add_argument("--min_length", type=int, default=0, help="leave out texts of fewer characters")
+    parser.add_argument("--samples", type=int, default=64, help="texts read of each corpus (default 64)")
+    parser.add_argument("--max_length", type=int, default=512, help="maximum tokens of a text (default 512)")
+    parser.add_argument("--batch_size", type=int, default=8, help="texts of a forward pass (default 8)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="dtype of the weights (default: auto)"
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code of the checkpoint")
+    parser.add_argument("--output", help="write the numbers as JSON and a figure a topic into this folder")
+    arguments = parser.parse_args(argv)
+    forget = [
+        load_corpus(
+            source, field=arguments.text_field, min_length=arguments.min_length, argument=f"forget[{i}]"
+        )
+        for i, source in enumerate(arguments.forget)
+    ]
+    found = calibrate(
+        arguments.model,
+        forget,
+        samples=arguments.samples,
+        max_length=arguments.max_length,
+        batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    for i, source in enumerate(arguments.forget):
+        print(f"\nforget[{i}]: {source}, {found.texts[i]} texts, {found.tokens[i]} counted tokens")
+        print(table(found, i))
+    print("", *found.reasons, sep="\n")
+    c = " ".join(f"{value:g}" for value in found.coefficient)
+    print(f"\nRMU:          --method rmu --layer {found.layer} --coefficient {c}")
+    print(f"Adaptive RMU: --method adaptive --layer {found.layer} --scale {found.scale:g}")
+    if arguments.output:
+        print("\nwrote", *write_calibration(found, arguments.output))

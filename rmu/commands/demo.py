@@ -1,0 +1,3 @@
+"""``rmu demo``."""
+
+from rmu.demo.run import main as main

@@ -1,0 +1,64 @@
+"""``rmu eval``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rmu.commands.parser import Parser
+from rmu.data import load_corpus
+from rmu.demo import evaluation_inputs
+from rmu.evaluation import evaluate_tasks, load_model, perplexity
+from rmu.verdict import pool
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser("rmu eval", description="Measure a model: task accuracy and, of a corpus, perplexity.")
+    parser.add_argument("--model", required=True, help="model folder or hub id")
+    parser.add_argument("--tasks", nargs="+", help="tasks of lm-evaluation-harness (default: the demo's)")
+    parser.add_argument("--include_path", help="folder of further task files (YAML)")
+    parser.add_argument("--limit", type=int, help="at most this many questions a task")
+    parser.add_argument(
+        "--batch_size", type=int, default=32, help="questions' answers a forward pass (default 32)"
+    )
+    parser.add_argument(
+        "--corpus", help="measure perplexity on this corpus (default: the demo's held-out prose)"
+    )
+    parser.add_argument("--text_field", default="text", help="field of the corpus that holds the text")
+    parser.add_argument(
+        "--max_length", type=int, default=512, help="cut a text of the corpus at so many tokens"
+    )
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code of the checkpoint")
+    parser.add_argument("--output", help="also write the numbers to this JSON file")
+    arguments = parser.parse_args(argv)
+    if arguments.output and Path(arguments.output).exists():
+        raise ValueError(f"output: {arguments.output} exists; name a new file")
+
+    inputs = evaluation_inputs()
+    texts = inputs["prose"]
+    if arguments.corpus:
+        texts = load_corpus(arguments.corpus, field=arguments.text_field, argument="corpus")[:]["text"]
+    model, tokenizer = load_model(arguments.model, arguments.dtype, arguments.trust_remote_code)
+    rows = evaluate_tasks(
+        model,
+        tokenizer,
+        arguments.tasks or inputs["tasks"],
+        arguments.include_path if arguments.tasks else inputs["include_path"],
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+    )
+    prose = perplexity(model, tokenizer, texts, max_length=arguments.max_length)
+    print(f"\n{'task':24} {'side':8} {'domain':12} {'n':>6} {'accuracy':>9} {'stderr':>7}")
+    for row in rows:
+        side, domain = row["side"] or "", row["domain"] or ""
+        print(
+            f"{row['task']:24} {side:8} {domain:12} {row['n']:6} {row['accuracy']:9.3f} {row['stderr']:7.3f}"
+        )
+    for side in sorted({row["side"] for row in rows} - {None}):
+        score = pool([row for row in rows if row["side"] == side])
+        print(f"{'all':24} {side:8} {'all':12} {'':6} {score.accuracy:9.3f}")
+    print(f"\nperplexity {prose['perplexity']:.2f} over {prose['tokens']} tokens")
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps({"accuracy": rows, "perplexity": prose}, indent=1))

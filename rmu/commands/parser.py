@@ -1,0 +1,21 @@
+"""The argument parser of the commands: errors are exceptions, which ``rmu.cli`` prints in one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """``argparse.ArgumentParser`` whose errors are ``ValueError``."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} ({self.prog} --help lists the arguments)")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that ``name`` resembles, as a clause for an error message; else an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,13 @@
+"""``rmu unlearn``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rmu.settings import parse_unlearn
+from rmu.unlearn import unlearn
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments, config = parse_unlearn(argv)
+    print(f"saved: {unlearn(arguments, config)}")

@@ -1,0 +1,107 @@
+"""Settings of ``rmu unlearn`` from flags, YAML files and presets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rmu.commands.parser import nearest
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    return sorted(
+        p.name.removesuffix(".yaml") for p in files("rmu.presets").iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def read_settings(source: str, known: Sequence[str]) -> dict[str, Any]:
+    """Flat settings from a YAML file or a preset's name.
+
+    Raises:
+        ValueError: no such file or preset, not a mapping, or an unknown key (the nearest known one is named).
+    """
+    path = Path(source)
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"config: {source} is not UTF-8 text: {error}") from error
+    elif source in preset_names():
+        text = (files("rmu.presets") / f"{source}.yaml").read_text(encoding="utf-8")
+    else:
+        names = preset_names()
+        raise ValueError(
+            f"config: {source!r} is no file and no preset{nearest(source, names)}; presets: {', '.join(names)}"
+        )
+    try:
+        settings = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {source} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config: {source} holds a {type(settings).__name__}, expected 'name: value' lines")
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"config: {source} sets {key!r}, which is no setting{nearest(str(key), known)}")
+    return settings
+
+
+def parse_unlearn(argv: Sequence[str]) -> tuple[Any, Any]:
+    """``(UnlearningArguments, RMUConfig)`` from flags and ``--config``; flags win.
+
+    Raises:
+        ValueError: an unknown or malformed argument, or a required one missing.
+    """
+    from rmu.arguments import unlearn_parser
+
+    parser = unlearn_parser(full_help="--help_all" in argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config, rest = first.parse_known_args(list(argv))
+    if config.config:
+        known = [
+            action.dest for action in parser._actions if action.dest not in ("help", "help_all", "config")
+        ]
+        settings = read_settings(config.config, known)
+        for action in parser._actions:
+            if action.dest in settings:
+                action.required = False
+                action.default = _convert(action, settings[action.dest])
+    # The third is the namespace of --config, read above.
+    arguments, settings, _, unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise ValueError(f"unknown argument {unknown[0]}{nearest(unknown[0], flags)}")
+    return arguments, settings
+
+
+def _convert(action: argparse.Action, value: Any) -> Any:
+    """A YAML value as the flag would give it; argparse itself converts no default but a string."""
+    if value is None:
+        raise ValueError(f"config: {action.dest}: has no value")
+    if isinstance(value, dict):
+        if action.type is not dict and action.dest not in (
+            "lr_scheduler_kwargs",
+            "accelerator_config",
+            "fsdp_config",
+        ):
+            raise ValueError(f"config: {action.dest}: got {value!r}, expected one value")
+        return value
+    if action.nargs == "+":
+        return [_convert_one(action, v) for v in (value if isinstance(value, list) else [value])]
+    return _convert_one(action, value)
+
+
+def _convert_one(action: argparse.Action, value: Any) -> Any:
+    convert = action.type or str
+    try:
+        if isinstance(value, (list, dict)):
+            raise TypeError("expected one value")
+        return convert(str(value))
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"config: {action.dest}: got {value!r}: {error}") from error
