@@ -19,8 +19,10 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from rmu.blocks import Index, all_blocks, part, put, without_overlap
+
 # The matrix that writes the MLP's output into the residual stream, by the names decoder models give it.
-MLP_OUTPUT_PARAMETERS = r"\.(down_proj|c_proj|dense_4h_to_h|fc2)(\.weight)?$"
+MLP_OUTPUT_PARAMETERS = r"\.(down_proj|c_proj|dense_4h_to_h|fc2|w2)(\.weight)?$"
 _ATTENTION = re.compile(r"\.(attn|attention|self_attn|self_attention)\.")
 
 
@@ -134,21 +136,27 @@ class LayerWindow(nn.Module):
         path = next(name for name, module in self.model.named_modules() if module is layers)
         by_layer = {i: f"{prefix}{path}.{i}." for i in range(layer + 1)}
         tensors = {prefix + name: tensor for name, tensor in self.model.named_parameters()}
-        self.trained_names = select_parameters(list(tensors), trained_parameters, by_layer, trained_layers)
+        blocks = all_blocks(model.config.get_text_config().model_type, tensors)
+        selected = select_parameters(list(blocks), trained_parameters, by_layer, trained_layers)
+        self.trained_names = without_overlap(selected, blocks)
+        self.blocks = {name: blocks[name] for name in self.trained_names}
         self.first_layer = min(
             i for i in trained_layers if any(n.startswith(by_layer[i]) for n in self.trained_names)
         )
         # Unregistered references: the layers are already submodules of self.model.
         self._window = list(layers)[self.first_layer : layer + 1]
-        self._local_names = [
-            {
-                n.removeprefix(by_layer[i]): j
-                for j, n in enumerate(self.trained_names)
-                if n.startswith(by_layer[i])
-            }
-            for i in range(self.first_layer, layer + 1)
-        ]
-        self.trained = self._trainable({n: tensors[n] for n in self.trained_names}, parameter_dtype)
+        # Of each layer, the tensors in which something trains, with the places of the trained parts.
+        self._local_parts: list[dict[str, list[tuple[Index, int]]]] = []
+        for i in range(self.first_layer, layer + 1):
+            parts: dict[str, list[tuple[Index, int]]] = {}
+            for j, (name, index) in enumerate(self.blocks.values()):
+                if name.startswith(by_layer[i]):
+                    parts.setdefault(name.removeprefix(by_layer[i]), []).append((index, j))
+            self._local_parts.append(parts)
+        self.trained = self._trainable(
+            {name: part(tensors[block.tensor], block.index) for name, block in self.blocks.items()},
+            parameter_dtype,
+        )
 
     def _trainable(self, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> nn.ParameterList:
         """The parameters to train for the selected tensors of the model."""
@@ -236,13 +244,20 @@ class LayerWindow(nn.Module):
 
     def _rerun(self, recorded: FrozenPass) -> Tensor:
         hidden = recorded.entry
-        for layer, local_names, (args, kwargs) in zip(
-            self._window, self._local_names, recorded.arguments, strict=True
+        for layer, local_parts, (args, kwargs) in zip(
+            self._window, self._local_parts, recorded.arguments, strict=True
         ):
-            dtypes = dict(layer.named_parameters()) if local_names else {}
-            tensors = {name: self.trained[j].to(dtypes[name].dtype) for name, j in local_names.items()}
+            tensors = self._replaced(layer, local_parts)
             hidden = hidden_state(functional_call(layer, tensors, (hidden, *args), kwargs))
         return hidden
+
+    def _replaced(self, layer: nn.Module, parts: dict[str, list[tuple[Index, int]]]) -> dict[str, Tensor]:
+        """The tensors of ``layer`` in which something trains, with the trained parts in place."""
+        own = dict(layer.named_parameters()) if parts else {}
+        return {
+            name: put(own[name], ((index, self.trained[j]) for index, j in places))
+            for name, places in parts.items()
+        }
 
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """``(name, tensor)`` of every trained tensor, detached, by its name in the whole causal model."""
@@ -263,16 +278,19 @@ class LayerWindow(nn.Module):
             ValueError: the model lacks one of the tensors, or has it in another shape.
         """
         parameters = dict(model.named_parameters())
+        places: dict[str, list[tuple[Index, Tensor]]] = {}
         for name, tensor in self.trained_tensors():
-            if name not in parameters or parameters[name].shape != tensor.shape:
+            whole, index = self.blocks[name]
+            if whole not in parameters or part(parameters[whole], index).shape != tensor.shape:
                 raise ValueError(
                     f"model: {type(model).__name__} has no tensor {name} of shape {list(tensor.shape)}, "
                     "expected the whole model of this window"
                 )
-        kept = {name: parameters[name].data for name in self.trained_names}
+            places.setdefault(whole, []).append((index, tensor))
+        kept = {name: parameters[name].data for name in places}
         try:
-            for name, tensor in self.trained_tensors():
-                parameters[name].data = tensor.to(parameters[name])
+            for name, parts in places.items():
+                parameters[name].data = put(parameters[name].data, parts)
             yield
         finally:
             for name, data in kept.items():
