@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +22,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 after a one-line error."""
+    """Run a command; returns the exit code: 0, 2 after a one-line error, 141 when the reader of the output has gone."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: rmu COMMAND [--help] ...\n\nMake a language model forget, with RMU and Adaptive RMU.\n")
@@ -31,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"no command {command!r}{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
     try:
         importlib.import_module(f"rmu.commands.{command}").main(rest)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone (`rmu presets | head`). What is left must not fail once more when Python flushes it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -20,7 +20,12 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def load_corpus(
-    source: str, *, field: str = "text", min_length: int = 0, argument: str = "corpus"
+    source: str,
+    *,
+    field: str = "text",
+    min_length: int = 0,
+    raw_lines: bool = False,
+    argument: str = "corpus",
 ) -> Dataset:
     """A corpus as a ``datasets.Dataset`` with one column ``text``, blank rows left out.
 
@@ -29,10 +34,11 @@ def load_corpus(
             ``name[:configuration[:split]]`` (split ``train`` unless given).
         field: the column that holds the text.
         min_length: rows with fewer characters are left out.
+        raw_lines: take the lines of a local file as they are, unparsed and with their line ends.
         argument: the argument's name in error messages.
 
     Raises:
-        ValueError: no such file or data set, unreadable, no such field, or nothing left.
+        ValueError: no such file or data set, unreadable, access not granted, no such field, or nothing left.
     """
     # Here, so that a trainer that is given its texts runs without the library.
     from datasets import load_dataset
@@ -44,7 +50,14 @@ def load_corpus(
     try:
         if path.is_file() and path.stat().st_size == 0:
             raise ValueError(f"{argument}: {source} is empty")
-        if path.is_file() and reader:
+        if raw_lines and (not path.is_file() or reader == "parquet"):
+            raise ValueError(
+                f"{argument}: {source} has no lines to be read raw, expected a local text or jsonl file"
+            )
+        if raw_lines:
+            reader = "text"
+            rows = load_dataset(reader, data_files=str(path), split="train", keep_linebreaks=True)
+        elif path.is_file() and reader:
             rows = load_dataset(reader, data_files=str(path), split="train")
         elif path.is_file():
             raise ValueError(f"{argument}: {source} is none of {', '.join(_READERS)} (optionally compressed)")
@@ -54,8 +67,8 @@ def load_corpus(
             name, configuration, split = [*source.split(":", 2), None, None][:3]
             rows = load_dataset(name, configuration, split=split or "train")
     except (DatasetGenerationError, OSError, ConnectionError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"{argument}: {source} cannot be read: {_first_line(cause)}") from error
+        reason = _access_advice(source.split(":")[0], error) or _first_line(error.__cause__ or error)
+        raise ValueError(f"{argument}: {source} cannot be read: {reason}") from error
     column = "text" if reader == "text" else field
     if column not in rows.column_names:
         raise ValueError(
@@ -64,9 +77,9 @@ def load_corpus(
     rows = rows.select_columns([column])
     if column != "text":
         rows = rows.rename_column(column, "text")
-    wrong = next((value for value in rows[:1]["text"] if not isinstance(value, str)), "")
-    if wrong != "":
-        raise ValueError(f"{argument}: {source} field {column!r} holds {type(wrong).__name__}, expected text")
+    kind = getattr(rows.features["text"], "dtype", type(rows.features["text"]).__name__)
+    if kind not in ("string", "large_string", "null"):
+        raise ValueError(f"{argument}: {source} field {column!r} holds {kind}, expected text")
     least = max(1, min_length)
     rows = rows.filter(
         lambda texts: [isinstance(t, str) and len(t.strip()) >= least for t in texts],
@@ -76,6 +89,26 @@ def load_corpus(
     if len(rows) == 0:
         raise ValueError(f"{argument}: {source} is empty (no text of at least {least} characters)")
     return rows
+
+
+def _access_advice(name: str, error: BaseException) -> str | None:
+    """What to do about a data set that the hub has but does not give out, or says it does not have; else None."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import GatedRepoError
+
+    step: BaseException | None = error
+    while step is not None:
+        refused = getattr(getattr(step, "response", None), "status_code", None) in (401, 403)
+        if refused or isinstance(step, (GatedRepoError, DatasetNotFoundError)):
+            text = str(step)
+            known = refused or isinstance(step, GatedRepoError) or "gated" in text
+            return (
+                ("access is not granted" if known else _first_line(step))
+                + ("; " if known else "; if it is gated or private, ")
+                + f"accept its terms on https://huggingface.co/datasets/{name} and log in with `hf auth login`"
+            )
+        step = step.__cause__ or step.__context__
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rmu.checkpoint import local_folder, weight_files
+from rmu.checkpoint import has_only_pickles, local_folder, weight_files
 from rmu.data import check_tokenizer, load_tokenizer
 
 ACCURACY_METRICS = ("acc", "acc_norm", "exact_match")
@@ -283,15 +283,18 @@ def evaluate(
 
 
 def load_model(
-    model: str | Path, dtype: str = "auto", trust_remote_code: bool = False
+    model: str | Path, dtype: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model folder or hub id, whole, on the accelerator if there is one, with its tokenizer.
+
+    With ``allow_pickle`` its weights may be pickles, which can run code when they are read.
 
     Raises:
         ValueError: no such model, no safetensors weights, or a tokenizer that is not the model's.
     """
     folder = local_folder(model)
-    weight_files(folder)
+    if not (allow_pickle and has_only_pickles(folder)):
+        weight_files(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     check_tokenizer(tokenizer, loaded.config.get_text_config().vocab_size)

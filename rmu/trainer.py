@@ -30,7 +30,7 @@ from rmu.model_card import model_card
 from rmu.optimizer import NAME as ADAMW_RMU
 from rmu.optimizer import AdamWRMU
 from rmu.rounding import UpdateRounding
-from rmu.window import LayerWindow
+from rmu.window import LayerWindow, check_lengths
 from rmu_kernels import rmu_loss
 
 TRAINED_FILE = "rmu_trained.safetensors"
@@ -107,6 +107,9 @@ class RMUTrainer(Trainer):
                 )
             processing_class = load_tokenizer(self.base_folder, trust_remote_code)
         check_tokenizer(processing_class, self.window.config.get_text_config().vocab_size)
+        check_lengths(
+            self.window.model, forget_max_length=lengths, retain_max_length=[args.retain_max_length]
+        )
         # Found out before training, not after it.
         self.stored = (
             resolve_names(
@@ -265,12 +268,42 @@ class RMUTrainer(Trainer):
         }
         if isinstance(self.window, LoRAWindow):
             self.window.save_adapter(folder, self.base_name, extra_files)
-            return
-        if self.stored is None or self.base_folder is None:
+        elif self.stored is None or self.base_folder is None:
             raise ValueError(
                 "model: it was given in memory, without a folder whose other tensors could be kept"
             )
-        save_unlearned(self.base_folder, folder, self.window.trained_tensors(), self.stored, extra_files)
+        else:
+            save_unlearned(self.base_folder, folder, self.window.trained_tensors(), self.stored, extra_files)
+        if self.args.push_to_hub:
+            self.push_to_hub(folder=folder)
+
+    def push_to_hub(
+        self, commit_message: str | None = None, *, folder: str | Path | None = None, **kwargs: Any
+    ) -> Any:
+        """Upload a saved result (default: ``output_dir``) to ``hub_model_id``; never the state of training.
+
+        Args:
+            commit_message: default: names the base model.
+            folder: what :meth:`save_model` wrote.
+            kwargs: as in ``transformers.Trainer.push_to_hub`` and ``HfApi.upload_folder``.
+        """
+        from huggingface_hub import HfApi
+
+        if not self.is_world_process_zero():
+            return None
+        if getattr(self, "hub_model_id", None) is None:
+            self.init_hf_repo()
+        return HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=str(folder or self.args.output_dir),
+            commit_message=commit_message or f"{self.base_name}, unlearned",
+            token=kwargs.pop("token", self.args.hub_token),
+            ignore_patterns=["checkpoint-*", "runs/*", ".*"],
+            **kwargs,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Checkpoints during training are no models: they stay here."""
 
     def run_record(self) -> dict[str, Any]:
         """What is needed to audit and repeat the run."""

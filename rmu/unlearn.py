@@ -36,10 +36,20 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
     if not (arguments.allow_pickle and has_only_pickles(folder)):
         stored_tensors(folder)
 
+    for index in arguments.raw_lines:
+        if not 0 <= index < len(arguments.forget):
+            raise ValueError(
+                f"raw_lines: got {index}, expected 0 to {len(arguments.forget) - 1}, a forget corpus"
+            )
+
     def corpora(name: str) -> list:
         return [
             load_corpus(
-                source, field=arguments.text_field, min_length=arguments.min_length, argument=f"{name}[{i}]"
+                source,
+                field=arguments.text_field,
+                min_length=arguments.min_length,
+                raw_lines=name == "forget" and i in arguments.raw_lines,
+                argument=f"{name}[{i}]",
             )
             for i, source in enumerate(getattr(arguments, name))
         ]

@@ -23,6 +23,8 @@ from rmu.blocks import Index, all_blocks, part, put, without_overlap
 
 # The matrix that writes the MLP's output into the residual stream, by the names decoder models give it.
 MLP_OUTPUT_PARAMETERS = r"\.(down_proj|c_proj|dense_4h_to_h|fc2|w2)(\.weight)?$"
+# Tables of learned positions, by the names decoder models give them.
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 _ATTENTION = re.compile(r"\.(attn|attention|self_attn|self_attention)\.")
 
 
@@ -59,6 +61,19 @@ def check_layer(layer: int, number: int) -> None:
         raise ValueError(
             f"layer: got {layer}, expected 0 to {number - 1} (the model has {number} decoder layers)"
         )
+
+
+def check_lengths(model: nn.Module, **lengths: Sequence[int]) -> None:
+    """Raise ``ValueError`` when a model with learned absolute positions (GPT-2, OPT) has fewer than a length asks for."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
+            # OPT keeps two more rows than it has positions.
+            limit = min(module.num_embeddings, model.config.max_position_embeddings)
+            for argument, values in lengths.items():
+                if max(values) > limit:
+                    raise ValueError(
+                        f"{argument}: got {max(values)}, expected at most {limit}, the positions that the model has"
+                    )
 
 
 def select_parameters(

@@ -25,7 +25,7 @@ def make_environment(folder: Path, version: str, torch: str) -> Path:
     if not (folder / f"transformers-{version}" / "installed").is_file():
         subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
         packages = [torch, f"transformers=={version}.*", "pytest", "pytest-timeout", "hypothesis"]
-        extras = f"{ROOT}[eval,plots,peft,loggers]"
+        extras = f"{ROOT}[demo,peft,loggers]"
         subprocess.run(
             [str(python), "-m", "pip", "install", "--quiet", *packages, "--editable", extras], check=True
         )

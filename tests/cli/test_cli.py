@@ -101,7 +101,7 @@ def test_pickles_only_unless_asked(place, capsys):
     for path in [*base.glob("*.safetensors"), base / "model.safetensors.index.json"]:
         path.unlink()
     torch.save(model.state_dict(), base / "pytorch_model.bin")
-    fails(capsys, arguments(place), "pickle weights only", "--allow_pickle true")
+    fails(capsys, arguments(place), "pickle weights only", "--allow_pickle")
     assert main(arguments(place, allow_pickle="true")) == 0
     new = AutoModelForCausalLM.from_pretrained(place / "out", use_safetensors=True)
     assert torch.equal(new.model.layers[3].mlp.down_proj.weight, model.model.layers[3].mlp.down_proj.weight)
