@@ -275,7 +275,8 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
     """
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        # The last two are what versions of transformers raise where there are no tokenizer files.
         raise ValueError(f"tokenizer: {folder} has none that can be read: {_first_line(error)}") from error
 
 

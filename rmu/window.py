@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
 from rmu.blocks import Index, all_blocks, part, put, without_overlap
@@ -329,7 +330,11 @@ class LayerWindow(nn.Module):
 
 
 def load_layers(model: str, layer: int, **load_arguments: Any) -> PreTrainedModel:
-    """The base model of a folder or hub id with layers ``0..layer`` only, and no language-model head."""
+    """The base model of a folder or hub id with layers ``0..layer`` only, and no language-model head.
+
+    Raises:
+        ValueError: layer out of range, or a tensor without weights in the checkpoint.
+    """
     config = AutoConfig.from_pretrained(
         model, trust_remote_code=load_arguments.get("trust_remote_code", False)
     )
@@ -337,7 +342,16 @@ def load_layers(model: str, layer: int, **load_arguments: Any) -> PreTrainedMode
     check_layer(layer, text_config.num_hidden_layers)
     truncate_config(text_config, layer + 1)
     with _quiet_loading():
-        return AutoModel.from_pretrained(model, config=config, **load_arguments)
+        loaded, report = AutoModel.from_pretrained(
+            model, config=config, output_loading_info=True, **load_arguments
+        )
+    # Transformers would leave them at random values; 4.57 does so with Gemma 3, whose names it does not map.
+    if report["missing_keys"]:
+        raise ValueError(
+            f"model: transformers {transformers_version} finds no weights in {model} for {sorted(report['missing_keys'])[0]} "
+            f"and {len(report['missing_keys']) - 1} more tensors; another version may"
+        )
+    return loaded
 
 
 def truncate_config(config: Any, number: int) -> None:

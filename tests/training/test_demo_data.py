@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rmu.demo import DATA, TASKS, TASKS_PATH, evaluation_inputs, read_data
 from rmu.demo import model as demo_model_module
 from rmu.demo.model import demo_model
+from tests.tiny import BEFORE_5
 
 TRAINING = ("forget", "retain_glosses", "retain_prose")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "build_demo_data.py"
@@ -225,6 +226,7 @@ def write_gguf(path, vocabulary, embeddings):
     return tensors
 
 
+@pytest.mark.skipif(BEFORE_5, reason="transformers 4.57 reads no GGUF tokenizer with the tokenizers of today")
 def test_conversion_gives_an_ordinary_bfloat16_folder(tmp_path):
     (tmp_path / "source").mkdir()
     tensors = write_gguf(tmp_path / "source" / "tiny.gguf", vocabulary=20, embeddings=20)
@@ -237,6 +239,7 @@ def test_conversion_gives_an_ordinary_bfloat16_folder(tmp_path):
     assert list((tmp_path / "model").glob("*.safetensors"))
 
 
+@pytest.mark.skipif(BEFORE_5, reason="transformers 4.57 reads no GGUF tokenizer with the tokenizers of today")
 def test_conversion_refuses_a_tokenizer_that_does_not_fit(tmp_path):
     (tmp_path / "source").mkdir()
     write_gguf(tmp_path / "source" / "tiny.gguf", vocabulary=20, embeddings=24)
