@@ -26,7 +26,7 @@ def lines():
                     yield pytest.param(line.removeprefix("$ "), id=f"{page.name}: {line[:60]}")
 
 
-@pytest.mark.parametrize("line", lines())
+@pytest.mark.parametrize("line", list(lines()))
 def test_every_line_is_understood(line, monkeypatch, capsys):
     _, command, *argv = shlex.split(line, comments=True)
     argv = argv[: argv.index("|")] if "|" in argv else argv
