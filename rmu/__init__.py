@@ -3,6 +3,7 @@
 from rmu.config import RMUConfig, UnlearningArguments
 from rmu.trainer import RMUTrainer
 from rmu.unlearn import unlearn
-from rmu.window import FrozenPass, LayerWindow
+from rmu.recording import FrozenPass
+from rmu.window import LayerWindow
 
 __all__ = ["FrozenPass", "LayerWindow", "RMUConfig", "RMUTrainer", "UnlearningArguments", "unlearn"]

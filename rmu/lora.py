@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from rmu.checkpoint import staged
-from rmu.window import FrozenPass, LayerWindow, hidden_state, load_layers
+from rmu.recording import FrozenPass, hidden_state, recorded_outputs
+from rmu.window import LayerWindow, load_layers
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
@@ -112,7 +113,8 @@ class LoRAWindow(LayerWindow):
     def _rerun(self, recorded: FrozenPass) -> Tensor:
         hidden = recorded.entry
         for layer, (args, kwargs) in zip(self._window, recorded.arguments, strict=True):
-            hidden = hidden_state(layer(hidden, *args, **kwargs))
+            with recorded_outputs(layer, recorded.outputs if layer is self._window[0] else {}):
+                hidden = hidden_state(layer(hidden, *args, **kwargs))
         return hidden
 
     def save_adapter(self, output: Path, base_name: str, extra_files: Mapping[str, bytes]) -> None:

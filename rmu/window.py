@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,36 +18,18 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from rmu.recording import (
+    FrozenPass,
+    decoder_layers,
+    frozen_passes,
+    hidden_state,
+    outputs_before,
+    recorded_outputs,
+)
+
 # The matrix that writes the MLP's output into the residual stream, by the names decoder models give it.
 MLP_OUTPUT_PARAMETERS = r"\.(down_proj|c_proj|dense_4h_to_h|fc2)(\.weight)?$"
 _ATTENTION = re.compile(r"\.(attn|attention|self_attn|self_attention)\.")
-
-
-class _ReachedLayer(Exception):
-    """Raised by the hook on layer l to leave the forward pass there."""
-
-
-@dataclass
-class FrozenPass:
-    """What one frozen pass leaves behind.
-
-    Attributes:
-        hidden: ``[B, T, D]`` output of layer ``l`` with the original weights, detached.
-        entry: ``[B, T, D]`` input of layer ``k``, the lowest trained layer, detached.
-        arguments: one ``(args, kwargs)`` for each layer ``k..l``, without the hidden state.
-    """
-
-    hidden: Tensor
-    entry: Tensor
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-def decoder_layers(model: nn.Module, number: int) -> nn.ModuleList:
-    """The ``ModuleList`` of ``number`` decoder layers of a transformer (``model.layers``, ``transformer.h``, ...)."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == number:
-            return module
-    raise ValueError(f"model: {type(model).__name__} has no list of {number} decoder layers")
 
 
 def check_layer(layer: int, number: int) -> None:
@@ -139,7 +120,10 @@ class LayerWindow(nn.Module):
             i for i in trained_layers if any(n.startswith(by_layer[i]) for n in self.trained_names)
         )
         # Unregistered references: the layers are already submodules of self.model.
-        self._window = list(layers)[self.first_layer : layer + 1]
+        self._layers = list(layers)
+        self._window = self._layers[self.first_layer : layer + 1]
+        # What layer k computes before it comes to a trained tensor is the same in the rerun; it costs memory until then.
+        self.keeps_outputs = True
         self._local_names = [
             {
                 n.removeprefix(by_layer[i]): j
@@ -148,7 +132,14 @@ class LayerWindow(nn.Module):
             }
             for i in range(self.first_layer, layer + 1)
         ]
+        owners = {
+            name.removeprefix(prefix).rpartition(".")[0]
+            for name in self.trained_names
+            if name.startswith(by_layer[self.first_layer])
+        }
         self.trained = self._trainable({n: tensors[n] for n in self.trained_names}, parameter_dtype)
+        # After an adapter has taken a module's place.
+        self._trained_modules = [self.model.get_submodule(name) for name in sorted(owners)]
 
     def _trainable(self, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> nn.ParameterList:
         """The parameters to train for the selected tensors of the model."""
@@ -193,42 +184,29 @@ class LayerWindow(nn.Module):
         self.model.eval()
         return self
 
-    @torch.no_grad()
-    def frozen(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> FrozenPass:
+    def frozen(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        hidden: bool = True,
+    ) -> FrozenPass:
         """One pass through layers ``0..l`` with the original weights.
 
         Args:
-            input_ids: ``[B, T]`` int64.
-            attention_mask: ``[B, T]``, nonzero where there is a token; passed to the model as it is.
+            input_ids, attention_mask, position_ids: ``[B, T]``, as for :func:`rmu.recording.frozen_passes`.
+            hidden: whether the output of layer ``l`` is wanted; without it the trained layers do not run.
         """
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        states: dict[str, Tensor] = {}
-
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if args:
-                hidden, args = args[0], args[1:]
-            else:
-                kwargs = dict(kwargs)
-                hidden = kwargs.pop("hidden_states")
-            if not calls:
-                states["entry"] = hidden.detach()
-            calls.append((args, kwargs))
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            states["hidden"] = hidden_state(output).detach()
-            raise _ReachedLayer
-
-        handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self._window]
-        handles.append(self._window[-1].register_forward_hook(leave))
-        try:
-            with self.original():
-                self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        except _ReachedLayer:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return FrozenPass(hidden=states["hidden"], entry=states["entry"], arguments=calls)
+        arguments = (self.model, self._layers, [(self.first_layer, self.layer)])
+        arguments += (input_ids, attention_mask, position_ids)
+        with self.original():
+            if not (hidden and self.keeps_outputs):
+                return frozen_passes(*arguments, hidden=hidden)[0]
+            with outputs_before(self._window[0], self._trained_modules) as outputs:
+                (recorded,) = frozen_passes(*arguments)
+        recorded.outputs = outputs
+        return recorded
 
     def forward(self, *passes: FrozenPass) -> tuple[Tensor, ...]:
         """Rerun layers ``k..l`` with the trained tensors from each recorded entry: one ``[B, T, D]`` for each pass."""
@@ -241,7 +219,9 @@ class LayerWindow(nn.Module):
         ):
             dtypes = dict(layer.named_parameters()) if local_names else {}
             tensors = {name: self.trained[j].to(dtypes[name].dtype) for name, j in local_names.items()}
-            hidden = hidden_state(functional_call(layer, tensors, (hidden, *args), kwargs))
+            outputs = recorded.outputs if layer is self._window[0] else {}
+            with recorded_outputs(layer, outputs):
+                hidden = hidden_state(functional_call(layer, tensors, (hidden, *args), kwargs))
         return hidden
 
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -314,11 +294,6 @@ def truncate_config(config: Any, number: int) -> None:
         if isinstance(value, list) and len(value) == full:
             setattr(config, name, value[:number])
     config.num_hidden_layers = number
-
-
-def hidden_state(output: Any) -> Tensor:
-    """A layer returns its hidden state alone, or (falcon, bloom) first in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
