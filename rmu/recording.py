@@ -75,8 +75,8 @@ def frozen_passes(
         position_ids: ``[B, T]``; default: the model's own. Rows in which they start again hold several sequences.
         hidden: whether the outputs of the layers ``l`` are wanted. Without them layers from the highest ``k`` on do not run.
     """
-    entered, left = {k for k, _ in windows}, {l for _, l in windows}
-    called = {i for k, l in windows for i in range(k, l + 1)}
+    entered, left = {first for first, _ in windows}, {last for _, last in windows}
+    called = {i for first, last in windows for i in range(first, last + 1)}
     # Above the highest entry nothing is computed; a layer that returns a tuple needs an example of one from below.
     first_skipped = max(entered) if not hidden and max(entered) > 0 else max(left) + 1
     entries: dict[int, Tensor] = {}
@@ -114,13 +114,13 @@ def frozen_passes(
         state = args[0] if args else kwargs["hidden_states"]
         return state if tail[0] is None else (state, *tail[0])
 
-    last = max(left)
-    watched = range(min(called | {max(0, first_skipped - 1)}), last + 1)
+    end = max(left) + 1
+    watched = range(min(called | {max(0, first_skipped - 1)}), end)
     handles = [layers[i].register_forward_pre_hook(before(i), with_kwargs=True) for i in watched]
     handles += [layers[i].register_forward_hook(after(i)) for i in watched]
     optional = {} if position_ids is None else {"position_ids": position_ids}
     try:
-        with replaced_forward([(layers[i], skip) for i in range(first_skipped, last + 1)]):
+        with replaced_forward([(layers[i], skip) for i in range(first_skipped, end)]):
             model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **optional)
     except _Reached:
         pass
@@ -128,8 +128,12 @@ def frozen_passes(
         for handle in handles:
             handle.remove()
     return [
-        FrozenPass(entry=entries[k], arguments=[arguments[i] for i in range(k, l + 1)], hidden=outputs.get(l))
-        for k, l in windows
+        FrozenPass(
+            entry=entries[first],
+            arguments=[arguments[i] for i in range(first, last + 1)],
+            hidden=outputs.get(last),
+        )
+        for first, last in windows
     ]
 
 

@@ -237,9 +237,9 @@ def test_one_pass_serves_several_windows(saved):
     windows = [(0, layer), (1, layer), (0, 1)]
     for hidden in (True, False):
         passes = frozen_passes(window.model, layers, windows, *batch(), hidden=hidden)
-        for (k, l), recorded in zip(windows, passes, strict=True):
-            alone = LayerWindow(window.model, l, trained_layers=range(k, l + 1)).frozen(*batch())
-            assert torch.equal(recorded.entry, alone.entry) and len(recorded.arguments) == l + 1 - k
+        for (first, last), recorded in zip(windows, passes, strict=True):
+            alone = LayerWindow(window.model, last, trained_layers=range(first, last + 1)).frozen(*batch())
+            assert torch.equal(recorded.entry, alone.entry) and len(recorded.arguments) == last + 1 - first
             if hidden:
                 assert torch.equal(recorded.hidden, alone.hidden)
     assert passes[0].arguments[1] is passes[1].arguments[0]
