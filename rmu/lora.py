@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from rmu.checkpoint import staged
-from rmu.recording import FrozenPass, hidden_state, recorded_outputs
 from rmu.window import LayerWindow, load_layers
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -28,9 +27,9 @@ class LoRAWindow(LayerWindow):
     The adapters are PEFT's, put into the wrapped model's layers; the frozen model is the same model with them disabled.
 
     Args:
-        model, layer, trained_layers, trained_parameters, parameter_dtype: as for :class:`LayerWindow`; the selected tensors must
-            be weights of linear layers, and ``parameter_dtype`` is the adapters' (default: PEFT's choice, float32 for a model in
-            16 bits or fewer).
+        model, layer, trained_layers, trained_parameters, parameter_dtype, embeddings_on_cpu: as for :class:`LayerWindow`; the
+            selected tensors must be weights of linear layers, and ``parameter_dtype`` is the adapters' (default: PEFT's choice,
+            float32 for a model in 16 bits or fewer).
         rank: rank r of the adapters.
         alpha: their factor is ``alpha / rank``.
 
@@ -49,6 +48,7 @@ class LoRAWindow(LayerWindow):
         trained_layers: Sequence[int] | None = None,
         trained_parameters: str | None = None,
         parameter_dtype: torch.dtype | None = None,
+        embeddings_on_cpu: bool = False,
     ) -> None:
         self.rank, self.alpha = rank, alpha
         super().__init__(
@@ -57,6 +57,7 @@ class LoRAWindow(LayerWindow):
             trained_layers=trained_layers,
             trained_parameters=trained_parameters,
             parameter_dtype=parameter_dtype,
+            embeddings_on_cpu=embeddings_on_cpu,
         )
 
     @classmethod
@@ -65,6 +66,7 @@ class LoRAWindow(LayerWindow):
     ) -> LoRAWindow:
         """As :meth:`LayerWindow.from_pretrained`; ``arguments`` for loading and for the window together."""
         own = ("rank", "alpha", "trained_layers", "trained_parameters", "parameter_dtype")
+        own += ("embeddings_on_cpu",)
         window = {name: arguments.pop(name) for name in own if name in arguments}
         return cls(load_layers(model, layer, dtype=dtype, **arguments), layer, **window)
 
@@ -110,12 +112,8 @@ class LoRAWindow(LayerWindow):
             raise ValueError("model: expected the one that this window wraps, which has the adapters in it")
         yield
 
-    def _rerun(self, recorded: FrozenPass) -> Tensor:
-        hidden = recorded.entry
-        for layer, (args, kwargs) in zip(self._window, recorded.arguments, strict=True):
-            with recorded_outputs(layer, recorded.outputs if layer is self._window[0] else {}):
-                hidden = hidden_state(layer(hidden, *args, **kwargs))
-        return hidden
+    def _call_layer(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._window[i](*args, **kwargs)
 
     def save_adapter(self, output: Path, base_name: str, extra_files: Mapping[str, bytes]) -> None:
         """Write a folder that ``PeftModel.from_pretrained`` loads on the full model.

@@ -28,6 +28,8 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
     Raises:
         ValueError: bad input, named; nothing has been written then.
     """
+    if config.embeddings_on_cpu and arguments.evaluate_every:
+        raise ValueError("embeddings_on_cpu: got true, but evaluate_every needs the whole model on the device")
     if not config.output_dir:
         raise ValueError("output_dir: not given, expected a new or an empty folder")
     output = Path(config.output_dir)

@@ -10,14 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from rmu.embedding import HostEmbedding
 from rmu.recording import (
     FrozenPass,
     decoder_layers,
@@ -85,6 +88,12 @@ class LayerWindow(nn.Module):
         trained_layers: layers whose tensors train, all <= ``layer``; default ``l-2, l-1, l``.
         trained_parameters: regular expression searched in the tensors' names; default: the MLP's output projection.
         parameter_dtype: dtype of the trained tensors, cast to the model's dtype when the layers run; default: the model's.
+        embeddings_on_cpu: put a :class:`rmu.embedding.HostEmbedding` in the place of the model's token embeddings, whose table
+            then stays in main memory.
+
+    Attributes:
+        keeps_outputs: whether :meth:`frozen` records what the rerun would compute again in layer ``k`` (at most its activations).
+        checkpointing: keep only the layers' inputs for the backward pass, and run each layer again there.
 
     Raises:
         ValueError: layer out of range, or no tensor selected (the message lists what exists).
@@ -98,9 +107,12 @@ class LayerWindow(nn.Module):
         trained_layers: Sequence[int] | None = None,
         trained_parameters: str | None = None,
         parameter_dtype: torch.dtype | None = None,
+        embeddings_on_cpu: bool = False,
     ) -> None:
         super().__init__()
         self.model = model.base_model.requires_grad_(False).eval()
+        if embeddings_on_cpu and not isinstance(self.model.get_input_embeddings(), HostEmbedding):
+            self.model.set_input_embeddings(HostEmbedding(self.model.get_input_embeddings()))
         self.config = model.config
         self.layer = layer
         number = model.config.get_text_config().num_hidden_layers
@@ -124,6 +136,7 @@ class LayerWindow(nn.Module):
         self._window = self._layers[self.first_layer : layer + 1]
         # What layer k computes before it comes to a trained tensor is the same in the rerun; it costs memory until then.
         self.keeps_outputs = True
+        self.checkpointing = False
         self._local_names = [
             {
                 n.removeprefix(by_layer[i]): j
@@ -157,6 +170,7 @@ class LayerWindow(nn.Module):
         trained_layers: Sequence[int] | None = None,
         trained_parameters: str | None = None,
         parameter_dtype: torch.dtype | None = None,
+        embeddings_on_cpu: bool = False,
         **load_arguments: Any,
     ) -> LayerWindow:
         """Read only layers ``0..l`` of a model folder or hub id: no layer above them, no language-model head."""
@@ -166,7 +180,14 @@ class LayerWindow(nn.Module):
             trained_layers=trained_layers,
             trained_parameters=trained_parameters,
             parameter_dtype=parameter_dtype,
+            embeddings_on_cpu=embeddings_on_cpu,
         )
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """``transformers.Trainer`` calls this for the setting ``gradient_checkpointing``."""
+        self.checkpointing, self.keeps_outputs = True, False
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.20
 
     @property
     def hidden_size(self) -> int:
@@ -214,20 +235,49 @@ class LayerWindow(nn.Module):
 
     def _rerun(self, recorded: FrozenPass) -> Tensor:
         hidden = recorded.entry
-        for layer, local_names, (args, kwargs) in zip(
-            self._window, self._local_names, recorded.arguments, strict=True
-        ):
-            dtypes = dict(layer.named_parameters()) if local_names else {}
-            tensors = {name: self.trained[j].to(dtypes[name].dtype) for name, j in local_names.items()}
-            outputs = recorded.outputs if layer is self._window[0] else {}
-            with recorded_outputs(layer, outputs):
-                hidden = hidden_state(functional_call(layer, tensors, (hidden, *args), kwargs))
+        for i in range(len(self._window)):
+            if self.checkpointing and torch.is_grad_enabled():
+                # The layers draw no random numbers: the model is in evaluation mode.
+                hidden = checkpoint(
+                    self._run_layer, i, hidden, recorded, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden = self._run_layer(i, hidden, recorded)
         return hidden
+
+    def _run_layer(self, i: int, hidden: Tensor, recorded: FrozenPass) -> Tensor:
+        """Layer ``k + i`` on a hidden state."""
+        layer, (args, kwargs) = self._window[i], recorded.arguments[i]
+        if not recorded.outputs or i > 0:
+            return hidden_state(self._call_layer(i, (hidden, *args), kwargs))
+        with recorded_outputs(layer, recorded.outputs):
+            return hidden_state(self._call_layer(i, (hidden, *args), kwargs))
+
+    def _call_layer(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layer, local_names = self._window[i], self._local_names[i]
+        dtypes = dict(layer.named_parameters()) if local_names else {}
+        tensors = {name: self.trained[j].to(dtypes[name].dtype) for name, j in local_names.items()}
+        return functional_call(layer, tensors, args, kwargs)
 
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """``(name, tensor)`` of every trained tensor, detached, by its name in the whole causal model."""
         for name, parameter in zip(self.trained_names, self.trained, strict=True):
             yield name, parameter.detach()
+
+    def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """``(name, tensor)`` of every parameter and buffer that a frozen pass can depend on: those of no layer above ``l``, and no
+        adapter's."""
+        left_out = set(map(id, self.trained))
+        for layer in self._layers[self.layer + 1 :]:
+            left_out.update(map(id, [*layer.parameters(), *layer.buffers()]))
+        modules: list[nn.Module] = [self.model]
+        if isinstance(self.model.get_input_embeddings(), HostEmbedding):
+            modules.append(self.model.get_input_embeddings().embedding)
+        for name, tensor in chain.from_iterable(
+            chain(module.named_parameters(), module.named_buffers()) for module in modules
+        ):
+            if id(tensor) not in left_out:
+                yield name, tensor
 
     def original(self) -> AbstractContextManager[None]:
         """Within the block the wrapped model has its original weights; here it always has."""
