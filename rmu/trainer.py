@@ -306,6 +306,7 @@ class RMUTrainer(Trainer):
             "steps": self.state.global_step,
             "update_rounding": self.rounding.record() if self.rounding else None,
             "stopped_by": self.stopped_by,
+            "frozen_passes": {"computed": self.frozen.computed, "reused": self.frozen.found},
             "train_seconds": self._seconds,
             **environment(self.args.device),
             "history": steps,

@@ -255,8 +255,10 @@ class LayerWindow(nn.Module):
 
     def _call_layer(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer, local_names = self._window[i], self._local_names[i]
-        dtypes = dict(layer.named_parameters()) if local_names else {}
-        tensors = {name: self.trained[j].to(dtypes[name].dtype) for name, j in local_names.items()}
+        # One cast a pass: sharing it would sum the gradients of the passes in the model's dtype.
+        tensors = {
+            name: self.trained[j].to(layer.get_parameter(name).dtype) for name, j in local_names.items()
+        }
         return functional_call(layer, tensors, args, kwargs)
 
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,6 @@
 """The cache is exact, bounded, and cannot give what belongs to another model or batch."""
 
+import multiprocessing
 import os
 
 import pytest
@@ -297,6 +298,27 @@ def test_a_file_under_another_key_is_not_taken(tmp_path):
     (path,) = files(tmp_path)
     path.rename(path.with_name("other.safetensors"))
     assert store.get("model", "other") is None
+
+
+def share_a_folder(folder, worker):
+    store = DiskStore(folder, 10**7)
+    for i in range(40):
+        key = str((i * 7 + worker) % 20)
+        found = store.get("model", key)
+        assert found is None or found.tensors["entry"].unique().item() == float(key)
+        store.put("model", key, packed_pass(500, fill=float(key)))
+        assert store.get("model", key).tensors["entry"].unique().item() == float(key)
+
+
+def test_processes_share_a_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=share_a_folder, args=(tmp_path, i)) for i in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert len(files(tmp_path)) == 20
 
 
 def test_an_unwritable_folder_is_an_error_and_a_full_disk_only_a_warning(tmp_path, monkeypatch, caplog):
