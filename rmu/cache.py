@@ -117,7 +117,9 @@ def unpack(packed: Packed, device: torch.device) -> FrozenPass:
             return {key: decode(item) for key, item in content.items()}
         return {"tuple": tuple, "list": list}[kind](map(decode, content))
 
-    states = {name: packed.tensors[name].to(device, copy=True) for name in _STATES if name in packed.tensors}
+    states: dict[str, Any] = {
+        name: packed.tensors[name].to(device, copy=True) for name in _STATES if name in packed.tensors
+    }
     arguments = [tuple(call) for call in decode(json.loads(packed.arguments))]
     return FrozenPass(arguments=arguments, **states)
 

@@ -68,6 +68,7 @@ class SteeringCoefficient:
         if frozen.hidden is not None and self.scope == "token":
             return {"frozen_forget": frozen.hidden, "scale": value}
         if self.scope != "first_batch":
+            assert frozen.norms is not None
             # Of norms alone, so that a pass taken from a cache gives the same bits and need not hold the states.
             return {"coefficient": value * reduce_norms(frozen.norms, mask, self.scope, self.statistic)}
         if topic not in self.first:

@@ -205,11 +205,12 @@ class UnlearningCollator:
         self.exclude_padding, self.exclude_sink = exclude_padding, exclude_sink
         self.padding_side, self.padding_free = padding_side, padding_free
         choices = (pad_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-        self.pad_id = next((token for token in choices if token is not None), None)
-        if self.pad_id is None:
+        given = [token for token in choices if token is not None]
+        if not given:
             raise ValueError(
                 "tokenizer: it has neither a pad nor an eos token, expected one of them to pad with"
             )
+        self.pad_id: int = given[0]
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         topic = items[0]["topic"]

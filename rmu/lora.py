@@ -65,8 +65,14 @@ class LoRAWindow(LayerWindow):
         cls, model: str, layer: int, *, dtype: torch.dtype | str = "auto", **arguments: Any
     ) -> LoRAWindow:
         """As :meth:`LayerWindow.from_pretrained`; ``arguments`` for loading and for the window together."""
-        own = ("rank", "alpha", "trained_layers", "trained_parameters", "parameter_dtype")
-        own += ("embeddings_on_cpu",)
+        own = (
+            "rank",
+            "alpha",
+            "trained_layers",
+            "trained_parameters",
+            "parameter_dtype",
+            "embeddings_on_cpu",
+        )
         window = {name: arguments.pop(name) for name in own if name in arguments}
         return cls(load_layers(model, layer, dtype=dtype, **arguments), layer, **window)
 
@@ -86,7 +92,7 @@ class LoRAWindow(LayerWindow):
         # Whole paths, so that in the full model, too, PEFT finds these layers and no others.
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
             target_modules=[name.removeprefix(prefix).removesuffix(".weight") for name in tensors],
         )
         peft_model = PeftModel(self.model, config)
@@ -130,7 +136,7 @@ class LoRAWindow(LayerWindow):
         with staged(output) as folder:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in self.trained_tensors()}
             (folder / ADAPTER_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-            config.save_pretrained(folder)
+            config.save_pretrained(str(folder))
             for name, content in extra_files.items():
                 (folder / name).write_bytes(content)
 

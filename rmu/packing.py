@@ -43,6 +43,7 @@ def check_packing(window: LayerWindow, length: int = 12) -> None:
     start = 0
     for row in rows:
         alone = window.frozen(torch.tensor([row], device=window.device)).hidden
+        assert packed is not None and alone is not None
         part = packed[:, start : start + len(row)]
         start += len(row)
         difference = (part.float() - alone.float()).norm(dim=-1) / alone.float().norm(dim=-1)

@@ -146,11 +146,11 @@ def replaced_forward(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -
             module.forward = forward  # type: ignore[method-assign]
         yield
     finally:
-        for module, forward in kept:
-            if forward is None:
+        for module, own in kept:
+            if own is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = own  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -110,7 +110,7 @@ class LayerWindow(nn.Module):
         embeddings_on_cpu: bool = False,
     ) -> None:
         super().__init__()
-        self.model = model.base_model.requires_grad_(False).eval()
+        self.model: PreTrainedModel = model.base_model.requires_grad_(False).eval()  # type: ignore[assignment]
         if embeddings_on_cpu and not isinstance(self.model.get_input_embeddings(), HostEmbedding):
             self.model.set_input_embeddings(HostEmbedding(self.model.get_input_embeddings()))
         self.config = model.config
@@ -219,13 +219,13 @@ class LayerWindow(nn.Module):
             input_ids, attention_mask, position_ids: ``[B, T]``, as for :func:`rmu.recording.frozen_passes`.
             hidden: whether the output of layer ``l`` is wanted; without it the trained layers do not run.
         """
-        arguments = (self.model, self._layers, [(self.first_layer, self.layer)])
-        arguments += (input_ids, attention_mask, position_ids)
+        windows = [(self.first_layer, self.layer)]
+        batch = (input_ids, attention_mask, position_ids)
         with self.original():
             if not (hidden and self.keeps_outputs):
-                return frozen_passes(*arguments, hidden=hidden)[0]
+                return frozen_passes(self.model, self._layers, windows, *batch, hidden=hidden)[0]
             with outputs_before(self._window[0], self._trained_modules) as outputs:
-                (recorded,) = frozen_passes(*arguments)
+                (recorded,) = frozen_passes(self.model, self._layers, windows, *batch)
         recorded.outputs = outputs
         return recorded
 
@@ -273,8 +273,9 @@ class LayerWindow(nn.Module):
         for layer in self._layers[self.layer + 1 :]:
             left_out.update(map(id, [*layer.parameters(), *layer.buffers()]))
         modules: list[nn.Module] = [self.model]
-        if isinstance(self.model.get_input_embeddings(), HostEmbedding):
-            modules.append(self.model.get_input_embeddings().embedding)
+        embedding = self.model.get_input_embeddings()
+        if isinstance(embedding, HostEmbedding):
+            modules.append(embedding.embedding)
         for name, tensor in chain.from_iterable(
             chain(module.named_parameters(), module.named_buffers()) for module in modules
         ):
