@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from rmu import RMUConfig, RMUTrainer
+from benchmarks import step_flops
+from rmu import RMUConfig, RMUTrainer, UnlearningArguments, unlearn
 from rmu.data import UnlearningCollator
 from rmu.embedding import HostEmbedding
 from rmu.packing import check_packing
+from rmu.unlearn import describe
 from rmu.window import LayerWindow
 from tests.tiny import ARCHITECTURES, random_texts, tiny_folder, tiny_model, word_tokenizer
 from tests.training.test_window import LAYER, batch
@@ -184,3 +186,28 @@ def test_a_compiled_rerun_gives_the_same_losses(tmp_path, monkeypatch):
     compiled = run(tmp_path / "a", torch_compile=True, torch_compile_backend="aot_eager", **settings)
     assert hasattr(compiled.model_wrapped, "_orig_mod")
     assert_close_runs(compiled, run(tmp_path / "b", **settings))
+
+
+def test_embeddings_on_the_cpu_and_evaluation_contradict_each_other(tmp_path):
+    arguments = UnlearningArguments(model="m", forget=["f"], retain=["r"], evaluate_every=1)
+    with pytest.raises(ValueError, match="embeddings_on_cpu: got true, but evaluate_every"):
+        unlearn(arguments, RMUConfig(output_dir=str(tmp_path / "out"), embeddings_on_cpu=True, use_cpu=True))
+
+
+def test_the_run_says_what_it_keeps(tmp_path):
+    trainer = run(
+        tmp_path / "out", cache="disk", cache_size=0.5, cache_dir=str(tmp_path / "kept"), max_steps=1
+    )
+    assert f"cache of frozen passes: disk, at most 0.5 GB in {tmp_path / 'kept'}" in describe(trainer)
+    assert trainer.run_record()["frozen_passes"] == {"computed": 2, "reused": 0}
+
+
+def test_every_short_cut_saves_operations(monkeypatch, capsys):
+    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4)
+    monkeypatch.setattr(step_flops, "SHAPES", {**small, "num_key_value_heads": 2, "vocab_size": 96})
+    for name, value in {"LAYER": 3, "ROWS": 2, "TOKENS": 16}.items():
+        monkeypatch.setattr(step_flops, name, value)
+    step_flops.main()
+    lines = capsys.readouterr().out.splitlines()
+    ratios = [float(line.rpartition("1/")[2]) for line in lines]
+    assert len(ratios) == 5 and ratios == sorted(ratios) and len(set(ratios)) == 5
