@@ -187,7 +187,7 @@ class LayerWindow(nn.Module):
         """``transformers.Trainer`` calls this for the setting ``gradient_checkpointing``."""
         self.checkpointing, self.keeps_outputs = True, False
 
-    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.20
+    gradient_checkpointing_enable = activation_checkpointing_enable  # the older name
 
     @property
     def hidden_size(self) -> int:
