@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.released_loop import hidden_state
-from rmu.cache import FrozenSource, MemoryStore, batch_digest
+from rmu.cache import MemoryStore, batch_digest
 from rmu.coefficient import SteeringCoefficient
+from rmu.source import FrozenSource
 from rmu.window import LayerWindow
 from rmu_kernels import rmu_loss
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 
 from rmu import compat
 from rmu.auto import find_layer, find_target
-from rmu.cache import FrozenSource, make_store
+from rmu.cache import make_store
 from rmu.checkpoint import local_folder, resolve_names, save_unlearned
 from rmu.coefficient import SteeringCoefficient
 from rmu.config import AUTO, RMUConfig
@@ -32,6 +32,7 @@ from rmu.optimizer import NAME as ADAMW_RMU
 from rmu.optimizer import AdamWRMU
 from rmu.packing import check_packing
 from rmu.rounding import UpdateRounding
+from rmu.source import FrozenSource
 from rmu.window import LayerWindow
 from rmu_kernels import rmu_loss
 

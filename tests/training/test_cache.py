@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from rmu import RMUConfig, RMUTrainer
-from rmu.cache import DiskStore, FrozenSource, MemoryStore, batch_digest, make_store, pack, unpack
+from rmu.cache import DiskStore, MemoryStore, batch_digest, make_store, pack, unpack
 from rmu.fingerprint import checksum, window_fingerprint
 from rmu.recording import FrozenPass
+from rmu.source import FrozenSource
 from rmu.window import LayerWindow
 from tests.tiny import ARCHITECTURES, random_texts, tiny_model, word_tokenizer
 from tests.training.test_window import LAYER, batch
