@@ -1,7 +1,8 @@
 """Measuring many trained versions of one model: everything that they share is done once.
 
-A version differs from the base model in layers ``k..l`` only. Requests are tokenised and batched once, layers below ``k`` run
-once for all versions with the same ``k``, and the language-model head sees only the positions that are scored.
+A version differs from the base model in layers ``k..l`` only. Requests are tokenised and batched once, one that another begins
+with is read off from that, layers below ``k`` run once for all versions with the same ``k``, and the language-model head sees
+only the positions that are scored.
 """
 
 from __future__ import annotations
@@ -68,24 +69,31 @@ class RowScorer:
         self.model, self.store, self.name = model, store, name
         self.layers = list(decoder_layers(model.base_model, model.config.get_text_config().num_hidden_layers))
         self.number = len(rows)
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+        hosted: dict[int, list[int]] = {}
+        for row, host in enumerate(_hosts([list(tokens[:-1]) for tokens, _ in rows])):
+            hosted.setdefault(host, []).append(row)
+        hosts = sorted(hosted, key=lambda i: -len(rows[i][0]))
         self.batches = [
-            self._batch(order[start : start + batch_size], rows) for start in range(0, len(order), batch_size)
+            self._batch({i: hosted[i] for i in hosts[start : start + batch_size]}, rows)
+            for start in range(0, len(hosts), batch_size)
         ]
         self.first = [0] * len(self.batches)  # the layer whose input is in the store; 0: none is
         self._tuples: list[bool] | None = None
 
-    def _batch(self, places: list[int], rows: Sequence[tuple[Sequence[int], int]]) -> _Batch:
+    def _batch(self, hosted: dict[int, list[int]], rows: Sequence[tuple[Sequence[int], int]]) -> _Batch:
         # The last token is only predicted, the first never.
-        width = max(len(rows[i][0]) for i in places) - 1
-        ids = torch.zeros(len(places), width, dtype=torch.long)
-        positions, targets = [], []
-        for j, i in enumerate(places):
-            tokens, scored = rows[i]
-            ids[j, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-            end = j * width + len(tokens) - 1
-            positions += range(end - scored, end)
-            targets += tokens[-scored:]
+        width = max(len(rows[host][0]) for host in hosted) - 1
+        ids = torch.zeros(len(hosted), width, dtype=torch.long)
+        places, positions, targets = [], [], []
+        for j, (host, own) in enumerate(hosted.items()):
+            inputs = rows[host][0][:-1]
+            ids[j, : len(inputs)] = torch.tensor(inputs)
+            for i in own:
+                tokens, scored = rows[i]
+                end = j * width + len(tokens) - 1
+                places.append(i)
+                positions += range(end - scored, end)
+                targets += tokens[-scored:]
         device = self.model.device
         return _Batch(
             places,
@@ -189,6 +197,20 @@ class RowScorer:
                 handle.remove()
             self._tuples = found
         return self._tuples
+
+
+def _hosts(inputs: list[list[int]]) -> list[int]:
+    """For each row of inputs one that begins with it and that no other begins with; itself where it is such a row.
+
+    In a causal model that row's states are also this one's: of a question's answers those of one token need no row.
+    """
+    order = sorted(range(len(inputs)), key=inputs.__getitem__)
+    hosts = list(range(len(inputs)))
+    # In this order a row that others begin with stands right before one of them.
+    for row, following in reversed(list(zip(order, order[1:], strict=False))):
+        if inputs[following][: len(inputs[row])] == inputs[row]:
+            hosts[row] = hosts[following]
+    return hosts
 
 
 def _hand_on(entry: Tensor | None, as_tuple: bool) -> Callable[..., Any]:

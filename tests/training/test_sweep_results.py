@@ -145,7 +145,7 @@ def test_best_on_the_command_line(tmp_path, capsys):
     path = write(tmp_path / "s.csv", [row(0.1, 0.8, sweep="a", layer=9), *ROWS])
     assert main(["sweep", "--best", "--results", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "rmu unlearn --method adaptive --layer 7" in out and "--alpha 150" in out
+    assert "rmu unlearn --layer 7 --method adaptive --scale 5" in out and "--alpha 150" in out
     assert main(["sweep", "--best", "--results", str(path), "--max_retain_drop", "-1"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("rmu: error: best: none of 7 settings") and error.count("\n") == 1
