@@ -23,7 +23,7 @@ from rmu.data import check_tokenizer, load_corpus, load_tokenizer
 from rmu.sweep_evaluation import Measured, SweepEvaluator
 from rmu.sweep_results import SWEPT, Results, describe_run
 from rmu.sweep_states import FrozenPasses, RecordedWindow, StateStore
-from rmu.trainer import RMUTrainer, load_arguments
+from rmu.trainer import NonFiniteLossError, RMUTrainer, load_arguments
 
 FIRST_LAYER = 3  # of the paper's layer sweep
 
@@ -292,7 +292,11 @@ def _run_all(
     started = time.perf_counter()
     for i, run in enumerate(todo):
         begin = time.perf_counter()
-        trainer = shared.train(run)
+        try:
+            trainer = shared.train(run)
+        except NonFiniteLossError:
+            say(f"[{i + 1}/{len(todo)}] {describe_run(run.settings())}: the loss is not finite, no row")
+            continue
         trained = time.perf_counter()
         measured = shared.measure(trainer, evaluator)
         done = time.perf_counter()

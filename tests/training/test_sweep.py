@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from rmu import RMUConfig, RMUTrainer
 from rmu import sweep as sweep_module
+from rmu.cli import main
+from rmu.commands.sweep import parse_sweep
 from rmu.config import UnlearningArguments
 from rmu.data import load_corpus
+from rmu.demo import DATA, TASKS_PATH, VALIDATION_TASKS
 from rmu.evaluation import evaluate_tasks, perplexity
 from rmu.sweep import Sweep, SweepArguments, run_sweep, sweep_runs
 from rmu.sweep_evaluation import RowScorer, SweepEvaluator, _hosts
@@ -22,6 +26,7 @@ from rmu.unlearn import unlearn
 from rmu.window import LayerWindow, decoder_layers
 from tests.tiny import random_texts, tiny_folder, tiny_model, word_tokenizer, write_jsonl
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SETTINGS = dict(
     max_steps=4,
     learning_rate=1e-3,
@@ -311,3 +316,33 @@ def test_arguments_of_a_single_run_are_refused(place, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run_sweep(given(place, **changes), RMUConfig(**SETTINGS), wanted(place, tmp_path / "s.csv"))
+
+
+def test_a_run_whose_loss_is_not_finite_has_no_row_and_stops_nothing(place, tmp_path):
+    sweep = wanted(place, tmp_path / "s.csv", layers=[1], methods=["rmu"], coefficients=[1e30, 2.0])
+    said = []
+    settings = {**SETTINGS, "logging_steps": 1}
+    results = run_sweep(given(place), RMUConfig(**settings), sweep, say=said.append)
+    assert [row["coefficient"] for row in results.rows] == [2.0]
+    assert sum("the loss is not finite" in line for line in said) == 1
+
+
+@pytest.mark.parametrize(("name", "number"), [("layer_sweep", 108), ("method_sweep", 60)])
+def test_the_committed_sweeps_are_settings_of_rmu_sweep(monkeypatch, name, number):
+    monkeypatch.setattr("rmu.demo.model.demo_model", lambda: "model")
+    arguments, config, sweep = parse_sweep(["--config", str(BENCHMARKS / f"{name}.yaml"), "--use_cpu"])
+    assert len(sweep_runs(sweep, config, 30)) == number
+    assert arguments.model == "model" and arguments.forget == [str(DATA / "forget.jsonl.gz")]
+    assert set(arguments.forget_tasks) < set(VALIDATION_TASKS) and arguments.include_path == str(TASKS_PATH)
+    assert config.trained_parameters == r"mlp\.(gate|up|down)_proj\.weight"
+
+
+def test_texts_need_their_tasks_and_each_other(capsys):
+    for argv, message in (
+        (["--forget", "f", "--model", "m"], "retain: not given"),
+        (["--layer_list", "3"], "unknown argument --layer_list"),
+        (["--layers", "three"], "invalid int value"),
+    ):
+        assert main(["sweep", *argv, "--use_cpu"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
