@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -214,11 +215,16 @@ class Sweep:
             return evaluator.measure()
 
 
+def say_now(line: str) -> None:
+    """Print a line at once, also into a file."""
+    print(line, flush=True)
+
+
 def run_sweep(
     arguments: UnlearningArguments,
     config: RMUConfig,
     sweep: SweepArguments,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say_now,
 ) -> Results:
     """What ``rmu sweep`` does: every run that the results file lacks, a row each.
 
@@ -228,6 +234,8 @@ def run_sweep(
         ValueError: bad input, named; nothing has been run then.
     """
     check_arguments(arguments)
+    if find_spec("lm_eval") is None:
+        raise ImportError("lm_eval missing: pip install 'rmu-kernels[eval]'")
     folder = local_folder(arguments.model)
     weights = weight_files(folder)
     tokenizer = load_tokenizer(folder, arguments.trust_remote_code)

@@ -233,7 +233,7 @@ class SweepEvaluator:
         store: keeps states of the requests below the first changed layer.
 
     Raises:
-        ValueError: an unknown task, or one that asks for generated text: its cost depends on the answer.
+        ValueError: an unknown task, a tag, or a task that asks for generated text.
     """
 
     def __init__(
@@ -254,6 +254,9 @@ class SweepEvaluator:
         self.limit = limit
         with evaluation.quiet("lm_eval"):
             self.tasks = evaluation.load_tasks(self.names, include_path)
+        tags = [name for name in self.names if name not in {*self.tasks["tasks"], *self.tasks["groups"]}]
+        if tags:
+            raise ValueError(f"tasks: {', '.join(tags)} is a tag of the harness, expected its tasks by name")
         requests = []
         for name, task in self.tasks["tasks"].items():
             if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):

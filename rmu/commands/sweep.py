@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ def main(argv: Sequence[str]) -> None:
     from rmu.sweep_results import outcomes, pareto_front
 
     arguments, config, sweep = parse_sweep(argv)
+    if find_spec("matplotlib") is None:  # found out now, not after the runs
+        raise ImportError("matplotlib missing: pip install 'rmu-kernels[plots]'")
     results = run_sweep(arguments, config, sweep)
     found = outcomes(results.rows)
     print(f"\nPareto front of {len(found)} settings:\n{table(pareto_front(found))}\n")

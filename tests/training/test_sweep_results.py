@@ -154,3 +154,27 @@ def test_best_on_the_command_line(tmp_path, capsys):
 def test_a_run_is_described():
     text = describe_run(row(0, 0, relative=True, retain_noise=0.1))
     assert text == "adaptive token relative layer 5 scale 5 alpha 150 retain_noise 0.1 seed 0"
+
+
+def test_the_section_on_layers_counts_the_layers_that_work(tmp_path, monkeypatch):
+    from benchmarks import sweeps
+
+    path = write(
+        tmp_path / "layers.csv",
+        [{**r, "revision": "abc", "date": "2026-01-01T00:00:00", "fixed": '{"max_steps": 60}'} for r in ROWS],
+    )
+    (tmp_path / "paper.md").write_text("before\n<!-- layers -->\nold\n<!-- /layers -->\nafter\n")
+    argv = ["sweeps.py", "layers", "--draw", "--results", str(path), "--figures", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", argv)
+    sweeps.main()
+    page = (tmp_path / "paper.md").read_text()
+    # Forget accuracy of at most (0.25 + 0.6) / 2 and retain accuracy of at least 0.75.
+    assert "| | layers 3 to 4 | layers 5 to 6 | layers 7 to 8 |" in page
+    assert "| Adaptive RMU, token, beta 5 | 1 of 2 | 2 of 2 | 1 of 2 |" in page
+    assert "| RMU, c 6.5 | 0 of 2 | 0 of 2 | 0 of 2 |" in page
+    assert (
+        "The claim holds here" in page
+        and "RMU with its best c works at 0 layers" in page
+        and "\nold\n" not in page
+    )
+    assert (tmp_path / "layers_heat_map.png").is_file()
