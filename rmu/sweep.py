@@ -56,13 +56,6 @@ class SweepArguments:
         metadata={"help": "Corpus whose perplexity is measured; default: the demo's validation prose."},
     )
     evaluate_batch_size: int = field(default=32, metadata={"help": "Requests of a forward pass."})
-    cache_gb: float = field(
-        default=4.0,
-        metadata={"help": "At most so many GB (1e9 bytes) of recorded states; the rest is rerun."},
-    )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Keep the recorded states in this folder; default: in memory."}
-    )
 
 
 @dataclass(frozen=True)
@@ -173,6 +166,8 @@ class Sweep:
         return dataclasses.replace(
             config,
             **run.settings(),
+            cache="none",
+            cache_dir=None,
             output_dir=folder,
             disable_tqdm=True,
             save_strategy="no",
@@ -261,7 +256,7 @@ def run_sweep(
         "texts": _digest([corpora["forget"], corpora["retain"]]),
         "prose": _digest([[prose]]),
     }
-    store = StateStore(int(1e9 * sweep.cache_gb), sweep.cache_dir)
+    store = StateStore(int(1e9 * config.cache_size), config.cache_dir)
     try:
         with tempfile.TemporaryDirectory(prefix="rmu-sweep-") as empty:
             shared = Sweep(model, tokenizer, config, **corpora, runs=runs, store=store, folder=empty)
@@ -372,7 +367,10 @@ def fixed_settings(
     arguments: UnlearningArguments, config: RMUConfig, sweep: SweepArguments
 ) -> dict[str, Any]:
     """All settings that a result depends on and that do not vary, by name."""
-    settings = {k: v for k, v in config.method_settings().items() if k not in SWEPT}
+    without_effect = ("cache", "cache_size", "cache_dir")
+    settings = {
+        k: v for k, v in config.method_settings().items() if k not in SWEPT and k not in without_effect
+    }
     named = ("model", "forget", "retain", "text_field", "min_length", "forget_tasks", "retain_tasks")
     settings |= {name: getattr(arguments, name) for name in (*named, "include_path", "evaluate_limit")}
     settings["prose"] = sweep.prose

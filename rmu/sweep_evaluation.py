@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rmu import evaluation
 from rmu.callbacks import side_accuracy
+from rmu.recording import decoder_layers, hidden_state
 from rmu.sweep_states import StateStore
-from rmu.window import decoder_layers, hidden_state
 
 
 class Measured(NamedTuple):

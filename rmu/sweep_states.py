@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterable
@@ -15,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rmu.window import FrozenPass, LayerWindow, decoder_layers, hidden_state
+from rmu.cache import batch_digest
+from rmu.recording import FrozenPass, decoder_layers, hidden_state
+from rmu.window import LayerWindow
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -34,7 +35,7 @@ class StateStore:
 
     def __init__(self, bound: int, folder: str | Path | None = None) -> None:
         if bound < 0:
-            raise ValueError(f"cache_gb: got {bound / 1e9:g}, expected 0 or more")
+            raise ValueError(f"cache_size: got {bound / 1e9:g}, expected 0 or more")
         self.bound, self.used = bound, 0
         self._sizes: dict[str, int] = {}
         self._tensors: dict[str, dict[str, Tensor]] = {}
@@ -127,15 +128,17 @@ class FrozenPasses:
             self.store.drop(key)
         self._recorded.clear()
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> RecordedPass | None:
-        """The pass of a batch, both ``[B, T]``; ``None`` where its states find no room in the store."""
-        key = _key(input_ids, attention_mask)
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> RecordedPass | None:
+        """The pass of a batch, each ``[B, T]``; ``None`` where its states find no room in the store."""
+        key = batch_digest(input_ids, attention_mask, position_ids)[:32]
         if key not in self._recorded:
             width = self.model.config.get_text_config().hidden_size
             element = torch.finfo(self.model.dtype).bits // 8
             if not self.store.has_room(len(self.states) * input_ids.numel() * width * element):
                 return None
-            states, calls = self._run(input_ids, attention_mask)
+            states, calls = self._run(input_ids, attention_mask, position_ids)
             if not self.store.put(key, states):
                 return None
             self._recorded[key] = RecordedPass(key, calls)
@@ -143,7 +146,7 @@ class FrozenPasses:
 
     @torch.no_grad()
     def _run(
-        self, input_ids: Tensor, attention_mask: Tensor | None
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> tuple[dict[str, Tensor], dict[int, Call]]:
         states: dict[str, Tensor] = {}
         calls: dict[int, Call] = {}
@@ -178,7 +181,8 @@ class FrozenPasses:
             handles.append(layers[-1].register_forward_hook(leave))
         self.passes_run += 1
         try:
-            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            positions = {} if position_ids is None else {"position_ids": position_ids}
+            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
         except _Leave:
             pass
         finally:
@@ -206,23 +210,22 @@ class RecordedWindow(LayerWindow):
         """The states that a frozen pass consists of: the input of layer ``k`` and the output of layer ``l``."""
         return self.first_layer, self.layer + 1
 
-    def frozen(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> FrozenPass:
+    def frozen(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        hidden: bool = True,
+    ) -> FrozenPass:
         """As in ``LayerWindow``, bit for bit; run only where the batch is not in the record."""
-        recorded = self.passes(input_ids, attention_mask) if self.passes else None
+        recorded = self.passes(input_ids, attention_mask, position_ids) if self.passes else None
         if self.passes is None or recorded is None:
-            return super().frozen(input_ids, attention_mask)
-        entry, hidden = (
-            self.passes.store.get(recorded.key, str(state), input_ids.device) for state in self.states
-        )
+            return super().frozen(input_ids, attention_mask, position_ids, hidden=hidden)
+        first, last = self.states
+        get, device = self.passes.store.get, input_ids.device
         return FrozenPass(
-            hidden=hidden,
-            entry=entry,
-            arguments=[recorded.calls[i] for i in range(self.first_layer, self.layer + 1)],
+            entry=get(recorded.key, str(first), device),
+            arguments=[recorded.calls[i] for i in range(first, last)],
+            hidden=get(recorded.key, str(last), device) if hidden else None,
         )
-
-
-def _key(input_ids: Tensor, attention_mask: Tensor | None) -> str:
-    digest = hashlib.sha256(repr(tuple(input_ids.shape)).encode())
-    for tensor in (input_ids, attention_mask):
-        digest.update(b"-" if tensor is None else tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]
