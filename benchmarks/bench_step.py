@@ -1,0 +1,224 @@
+"""A training step and a run of many: the released loop, the same loop on truncated models, and ours; where ours spends its time.
+
+python -m benchmarks.bench_step
+
+Every run is a process of its own, with models of a real shape and random weights. Losses are compared step by step with those of
+the released loop: figures of a run whose losses differ are kept, but no speed-up is drawn from them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from benchmarks.models import SHAPES, Shape
+from benchmarks.runs import Run, make_trainer, ours, released, run_apart
+from benchmarks.timing import synchronize
+
+# The loops compute their loss in bf16, whose rounding is 2^-8; ours is fp32.
+LOSS_TOLERANCE = 0.01
+PHASES = ("data", "frozen pass", "window forward", "loss", "backward", "optimiser")
+
+
+@dataclass(frozen=True)
+class Task:
+    shape: Shape
+    method: str
+    provider: str
+    steps: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = results.parser(__doc__).parse_args(arguments)
+    dtype = torch.float32 if options.toy else torch.bfloat16
+    started, failed = time.perf_counter(), 0
+    baselines: dict[tuple[str, int, str], Run] = {}
+    tasks = planned_tasks(options.device, options.toy)
+    for i, task in enumerate(tasks):
+        if time.perf_counter() - started > options.seconds:
+            print(f"time is up: {len(tasks) - i} of {len(tasks)} runs were not measured")
+            break
+        shape = task.shape
+        row, note = row_of(task), ""
+        try:
+            if task.provider == "phases":
+                phases = run_apart(phase_seconds, shape, task.method, task.steps, options.device, dtype)
+                results.append(options.results, "phases", phase_rows(task, phases), options.device)
+                print(f"{in_words(task)}: " + ", ".join(f"{k} {1000 * v:.1f} ms" for k, v in phases.items()))
+                continue
+            run = run_task(task, options.device, dtype)
+            key = (shape.name, shape.hooked, task.method)
+            if task.provider == "released":
+                baselines[key] = run
+            row |= measured(run, baselines.get(key))
+        # One run that fails, mostly for want of memory, must not take the others' figures with it.
+        except Exception as error:
+            note, is_failure = results.note_of(error)
+            failed += is_failure
+        if task.provider != "phases":
+            results.append(options.results, "steps", [row | {"note": note}], options.device)
+        print(f"{in_words(task)}: {note or summary(row)}", flush=True)
+    return 1 if failed else 0
+
+
+def planned_tasks(device: str, toy: bool) -> list[Task]:
+    """The most telling first. A baseline comes before what is compared with it."""
+    if toy:
+        order = [("released", "rmu"), ("truncated", "rmu"), ("ours", "rmu"), ("phases", "adaptive")]
+        return [Task(SHAPES["toy"], method, provider, 4) for provider, method in order]
+    if device == "cpu":
+        order = [
+            ("released", "rmu", 6),
+            ("ours", "rmu", 12),
+            ("released", "adaptive", 6),
+            ("ours", "adaptive", 12),
+            ("truncated", "rmu", 6),
+            ("phases", "adaptive", 8),
+            ("phases", "rmu", 8),
+            ("truncated", "adaptive", 6),
+            ("released, verbose", "rmu", 4),
+        ]
+        return [Task(SHAPES["SmolLM2-135M"], method, provider, steps) for provider, method, steps in order]
+    zephyr, llama = SHAPES["Zephyr-7B"], SHAPES["Llama-3-8B"]
+    steps = (("released", 150), ("ours", 150), ("truncated", 40))
+    tasks = [Task(zephyr, "rmu", provider, number) for provider, number in steps]
+    tasks += [Task(zephyr, "adaptive", provider, 20) for provider in ("released", "ours", "truncated")]
+    tasks += [Task(zephyr, method, "phases", 20) for method in ("rmu", "adaptive")]
+    tasks += [Task(SHAPES["Llama-3-70B"], method, "ours", 10) for method in ("rmu", "adaptive")]
+    tasks += [Task(zephyr.at(20), "rmu", provider, 20) for provider in ("released", "ours", "truncated")]
+    tasks += [Task(llama, "rmu", provider, 20) for provider in ("released", "ours", "truncated")]
+    tasks += [Task(zephyr, "rmu", "released, verbose", 20)]
+    return tasks
+
+
+def run_task(task: Task, device: str, dtype: torch.dtype) -> Run:
+    if task.provider == "ours":
+        return run_apart(ours, task.shape, task.method, task.steps, device, dtype, {})
+    verbose, truncated = "verbose" in task.provider, task.provider == "truncated"
+    return run_apart(released, task.shape, task.method, task.steps, device, dtype, verbose, truncated)
+
+
+def row_of(task: Task) -> dict[str, Any]:
+    shape = task.shape
+    return {
+        "model": shape.name,
+        "hooked_layer": shape.hooked,
+        "method": task.method,
+        "provider": task.provider,
+        "steps": task.steps,
+        "forget_tokens": "+".join(str(shape.rows * tokens) for tokens in shape.forget_tokens),
+        "retain_tokens": shape.rows * shape.retain_tokens,
+        **dict.fromkeys(("step_seconds", "first_step_seconds", "run_seconds", "peak_bytes")),
+        **dict.fromkeys(("losses", "loss_difference", "same_losses")),
+    }
+
+
+def measured(run: Run, baseline: Run | None) -> dict[str, Any]:
+    """``loss_difference``: the largest over the steps that both ran, relative to the baseline's loss."""
+    row: dict[str, Any] = {
+        "step_seconds": statistics.median(run.seconds[1:]),
+        "first_step_seconds": run.seconds[0],
+        "run_seconds": sum(run.seconds),
+        "peak_bytes": run.peak_bytes,
+        "losses": " ".join(f"{loss:.5g}" for loss in run.losses[:6]),
+    }
+    if baseline is not None:
+        pairs = zip(run.losses, baseline.losses, strict=False)
+        row["loss_difference"] = max(abs(loss - wanted) / abs(wanted) for loss, wanted in pairs)
+        row["same_losses"] = row["loss_difference"] <= LOSS_TOLERANCE
+    return row
+
+
+def in_words(task: Task) -> str:
+    return f"{task.shape.name} l={task.shape.hooked} {task.method:8} {task.provider:18}"
+
+
+def summary(row: dict[str, Any]) -> str:
+    text = f"{row['step_seconds']:.4f} s a step, {row['peak_bytes'] / 1e9:.2f} GB, losses {row['losses']}"
+    return text + (" WRONG LOSSES" if row["same_losses"] is False else "")
+
+
+def phase_rows(task: Task, phases: dict[str, float]) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": task.shape.name,
+            "hooked_layer": task.shape.hooked,
+            "method": task.method,
+            "phase": phase,
+            "seconds": seconds,
+        }
+        for phase, seconds in phases.items()
+    ]
+
+
+def phase_seconds(shape: Shape, method: str, steps: int, device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Median seconds of each part of our step, the device waited for in between; steps 2 on."""
+    parts: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"scope": "token"} if method == "adaptive" else {}
+        trainer = make_trainer(shape, method, steps, device, dtype, Path(folder), settings)
+        trainer.create_optimizer()
+        window, optimizer = trainer.window, trainer.optimizer
+        items = trainer.train_dataset
+
+        def timed(phase: str, function: Callable[[], Any]) -> Any:
+            synchronize(device)
+            started = time.perf_counter()
+            value = function()
+            synchronize(device)
+            parts[phase].append(time.perf_counter() - started)
+            return value
+
+        for step in range(steps):
+            batch = timed(
+                "data",
+                lambda step=step: trainer._prepare_inputs(
+                    trainer.data_collator([items[step * shape.rows + row] for row in range(shape.rows)])
+                ),
+            )
+            sides = [batch[side] for side in ("forget", "retain")]
+            frozen = timed(
+                "frozen pass",
+                lambda sides=sides: [window.frozen(s["input_ids"], s["attention_mask"]) for s in sides],
+            )
+            hidden = timed("window forward", lambda frozen=frozen: window(*frozen))
+            loss = timed(
+                "loss",
+                lambda batch=batch, frozen=frozen, hidden=hidden: loss_of(trainer, batch, frozen, hidden),
+            )
+            timed("backward", loss.backward)
+            timed("optimiser", optimizer.step)
+            optimizer.zero_grad()
+    return {phase: statistics.median(values[1:]) for phase, values in parts.items()}
+
+
+def loss_of(
+    trainer: Any, batch: dict[str, Any], frozen: list[Any], hidden: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """As in the trainer's step, metrics included."""
+    from rmu_kernels import rmu_loss
+
+    topic, mask = batch["topic"], batch["forget"]["loss_mask"]
+    return rmu_loss(
+        hidden[0],
+        hidden[1],
+        frozen[1].hidden,
+        trainer.directions[topic],
+        **trainer.coefficient.loss_arguments(topic, frozen[0].hidden, hidden[0], mask),
+        alpha=trainer.alphas[topic],
+        forget_mask=mask,
+        retain_mask=batch["retain"]["loss_mask"],
+        metrics=True,
+    ).loss
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
