@@ -86,7 +86,7 @@ def launches(function: Callable[[], Any], device: str) -> int | None:
 def interleaved(
     functions: dict[str, Callable[[], Any]], clock: Callable[[Callable[[], Any]], float], seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each function's calls: one call of each a round, the order turned by one from round to round, at least 5 rounds."""
+    """Seconds of each function's calls, one of each a round, the order turned by one from round to round, at least 5 rounds."""
     names = list(functions)
     for name in names:
         functions[name]()
