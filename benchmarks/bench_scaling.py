@@ -7,6 +7,7 @@ Each curve changes one thing and leaves the others; its slope is fitted in logar
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run = run_ranks(shape, size, steps)
             else:
                 run = ours(shape, "adaptive", steps, options.device, dtype, {"scope": "token"})
+            gc.collect()  # a trainer is a cycle, and would keep its model
             seconds = statistics.median(run.seconds[1:])
             sizes.append(size)
             times.append(seconds)

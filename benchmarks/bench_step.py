@@ -23,8 +23,10 @@ from benchmarks.models import SHAPES, Shape
 from benchmarks.runs import Run, make_trainer, ours, released, run_apart
 from benchmarks.timing import synchronize
 
-# The loops compute their loss in bf16, whose rounding is 2^-8; ours is fp32.
-LOSS_TOLERANCE = 0.01
+# The loops compute their loss in bf16, in which values are up to 0.8 % apart, and Adaptive RMU's coefficient, whose rounding counts
+# twice; ours are fp32. In later steps the rounding has reached the weights, and two right runs drift apart.
+LOSS_TOLERANCE, COMPARED_STEPS = 0.02, 6
+OURS_IN_BF16 = "ours, loss in bf16"
 PHASES = ("data", "frozen pass", "window forward", "loss", "backward", "optimiser")
 
 
@@ -72,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def planned_tasks(device: str, toy: bool) -> list[Task]:
     """The most telling first. A baseline comes before what is compared with it."""
     if toy:
-        order = [("released", "rmu"), ("truncated", "rmu"), ("ours", "rmu"), ("phases", "adaptive")]
+        order = [("released", "rmu"), ("truncated", "rmu"), ("ours", "rmu"), (OURS_IN_BF16, "rmu")]
+        order.append(("phases", "adaptive"))
         return [Task(SHAPES["toy"], method, provider, 4) for provider, method in order]
     if device == "cpu":
         order = [
@@ -81,6 +84,8 @@ def planned_tasks(device: str, toy: bool) -> list[Task]:
             ("released", "adaptive", 6),
             ("ours", "adaptive", 12),
             ("truncated", "rmu", 6),
+            (OURS_IN_BF16, "rmu", COMPARED_STEPS),
+            (OURS_IN_BF16, "adaptive", COMPARED_STEPS),
             ("phases", "adaptive", 8),
             ("phases", "rmu", 8),
             ("truncated", "adaptive", 6),
@@ -90,7 +95,9 @@ def planned_tasks(device: str, toy: bool) -> list[Task]:
     zephyr, llama = SHAPES["Zephyr-7B"], SHAPES["Llama-3-8B"]
     steps = (("released", 150), ("ours", 150), ("truncated", 40))
     tasks = [Task(zephyr, "rmu", provider, number) for provider, number in steps]
+    tasks += [Task(zephyr, "rmu", OURS_IN_BF16, COMPARED_STEPS)]
     tasks += [Task(zephyr, "adaptive", provider, 20) for provider in ("released", "ours", "truncated")]
+    tasks += [Task(zephyr, "adaptive", OURS_IN_BF16, COMPARED_STEPS)]
     tasks += [Task(zephyr, method, "phases", 20) for method in ("rmu", "adaptive")]
     tasks += [Task(SHAPES["Llama-3-70B"], method, "ours", 10) for method in ("rmu", "adaptive")]
     tasks += [Task(zephyr.at(20), "rmu", provider, 20) for provider in ("released", "ours", "truncated")]
@@ -100,8 +107,9 @@ def planned_tasks(device: str, toy: bool) -> list[Task]:
 
 
 def run_task(task: Task, device: str, dtype: torch.dtype) -> Run:
-    if task.provider == "ours":
-        return run_apart(ours, task.shape, task.method, task.steps, device, dtype, {})
+    if task.provider.startswith("ours"):
+        settings = {"compat": "released"} if task.provider == OURS_IN_BF16 else {}
+        return run_apart(ours, task.shape, task.method, task.steps, device, dtype, settings)
     verbose, truncated = "verbose" in task.provider, task.provider == "truncated"
     return run_apart(released, task.shape, task.method, task.steps, device, dtype, verbose, truncated)
 
@@ -122,16 +130,16 @@ def row_of(task: Task) -> dict[str, Any]:
 
 
 def measured(run: Run, baseline: Run | None) -> dict[str, Any]:
-    """``loss_difference``: the largest over the steps that both ran, relative to the baseline's loss."""
+    """``loss_difference``: the largest over the first steps, relative to the baseline's loss."""
     row: dict[str, Any] = {
         "step_seconds": statistics.median(run.seconds[1:]),
         "first_step_seconds": run.seconds[0],
         "run_seconds": sum(run.seconds),
         "peak_bytes": run.peak_bytes,
-        "losses": " ".join(f"{loss:.5g}" for loss in run.losses[:6]),
+        "losses": " ".join(f"{loss:.5g}" for loss in run.losses[:COMPARED_STEPS]),
     }
     if baseline is not None:
-        pairs = zip(run.losses, baseline.losses, strict=False)
+        pairs = zip(run.losses[:COMPARED_STEPS], baseline.losses[:COMPARED_STEPS], strict=False)
         row["loss_difference"] = max(abs(loss - wanted) / abs(wanted) for loss, wanted in pairs)
         row["same_losses"] = row["loss_difference"] <= LOSS_TOLERANCE
     return row

@@ -96,6 +96,24 @@ def comparison(providers: dict[str, Any]) -> list[str]:
     ]
 
 
+def register_table(results: Results) -> str:
+    """A line for each kernel of docs/kernels.md, targets beside each other."""
+    rows = results.latest("registers", "cpu")
+    if not len(rows):
+        return NOT_MEASURED
+    lines = []
+    for (title, features), group in rows.groupby(["title", "features"], sort=False):
+        of = {row.target: row for row in group.itertuples()}
+        nvidia, amd = of["sm_90"], of["gfx942"]
+        numbers = [features, nvidia.warps, nvidia.registers, amd.registers]
+        numbers += [nvidia.spilled_bytes, nvidia.loads_128, nvidia.stores_128]
+        lines.append([title, *map(str, numbers)])
+    header = ["variant", "D", "warps", "registers, sm_90", "registers, gfx942"]
+    header += ["spilled bytes, sm_90", "loads", "stores"]
+    last = rows.iloc[-1]
+    return f"{table(header, lines)}\n\ntriton {last.triton}, revision {last.revision}, {last.date[:10]}."
+
+
 def adaptive_table(results: Results) -> str:
     """Ratio of times, Adaptive RMU over RMU."""
     frames = {device: results.latest("adaptive_cost", device) for device in DEVICES}

@@ -117,7 +117,7 @@ def device_clock(device: str) -> Callable[[Callable[[], Any]], float]:
     """Seconds of one call on the GPU alone, its L2 cache flushed before; on a CPU the wall time."""
     if device != "cuda":
         return wall_clock(device)
-    flushed = torch.empty(2**28, dtype=torch.int8, device=device)
+    flushed = torch.empty(2**30, dtype=torch.int8, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def clock(function: Callable[[], Any]) -> float:

@@ -25,6 +25,7 @@ from benchmarks import (
 )
 
 ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/performance.md", "docs/kernels.md")
 SCRIPTS = {
     "kernels": bench_kernels,
     "step": bench_step,
@@ -67,7 +68,7 @@ def test_kernels(measured):
 
 def test_steps(measured):
     rows = {row["provider"]: row for row in read(measured, "steps")}
-    assert set(rows) == {"released", "truncated", "ours"}
+    assert set(rows) == {"released", "truncated", "ours", bench_step.OURS_IN_BF16}
     for row in rows.values():
         assert row["same_losses"] == "True" and float(row["loss_difference"]) < 1e-4
         assert float(row["step_seconds"]) > 0 and int(row["peak_bytes"]) > 2**20
@@ -96,7 +97,7 @@ def test_scaling(measured):
 
 def test_page_is_drawn(measured, tmp_path):
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/performance.md"):
+    for name in PAGES:
         shutil.copy(ROOT / name, tmp_path / name)
     assert plot.main(["--results", str(measured), "--root", str(tmp_path)]) == 0
     page = (tmp_path / "docs" / "performance.md").read_text()
@@ -108,10 +109,10 @@ def test_page_is_drawn(measured, tmp_path):
 
 def test_committed_page_is_drawn_from_committed_results(tmp_path):
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/performance.md"):
+    for name in PAGES:
         shutil.copy(ROOT / name, tmp_path / name)
     plot.main(["--root", str(tmp_path)])
-    for name in ("README.md", "docs/performance.md"):
+    for name in PAGES:
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), f"{name}: run make figures"
 
 
@@ -219,3 +220,24 @@ def test_tripwire_runs():
         [*command, "benchmarks/test_bench.py"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_compare_refuses_an_unknown_revision(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["no-such-revision"])
+    assert stopped.value.code == 2 and "no-such-revision" in capsys.readouterr().err
+
+
+def test_compare_takes_the_packages_of_the_revision(monkeypatch, capsys):
+    """Two rounds, the order turned; the benchmarks themselves are left out."""
+    seen = []
+
+    def fake(root, keyword):
+        seen.append((root == results.ROOT, (root / "rmu_kernels" / "__init__.py").is_file(), keyword))
+        return {"a": 2.0, "b": 1.0} if root == results.ROOT else {"a": 1.0}
+
+    monkeypatch.setattr(compare, "run_benchmarks", fake)
+    assert compare.main(["HEAD", "--rounds", "2", "-k", "x"]) == 0
+    assert seen == [(first, True, "x") for first in (True, False, False, True)]
+    printed = capsys.readouterr().out
+    assert "2.000 [2.000, 2.000] slower" in printed and "does not run with HEAD" in printed
