@@ -132,9 +132,7 @@ class Steps:
         window = trainer.window
         window.__dict__.pop("frozen", None)
         if cached:
-            sides = [self.batch[side] for side in ("forget", "retain")]
-            kept = {id(s["input_ids"]): window.frozen(s["input_ids"], s["attention_mask"]) for s in sides}
-            window.__dict__["frozen"] = lambda input_ids, attention_mask: kept[id(input_ids)]
+            window.__dict__["frozen"] = remembered(window.frozen)
 
         def step() -> None:
             trainer.compute_loss(window, self.batch).backward()
@@ -143,6 +141,18 @@ class Steps:
             trainer._measured.clear()
 
         return step
+
+
+def remembered(frozen: Callable[..., Any]) -> Callable[..., Any]:
+    """A window's frozen pass that is run once for each side of the batch."""
+    kept: dict[int, Any] = {}
+
+    def look_up(input_ids: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        if id(input_ids) not in kept:
+            kept[id(input_ids)] = frozen(input_ids, *arguments, **options)
+        return kept[id(input_ids)]
+
+    return look_up
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -22,6 +23,7 @@ from benchmarks import results
 from benchmarks.models import SHAPES, Shape
 from benchmarks.runs import Run, make_trainer, ours, released, run_apart
 from benchmarks.timing import synchronize
+from rmu_kernels import rmu_loss
 
 # The loops compute their loss in bf16, in which values are up to 0.8 % apart, and Adaptive RMU's coefficient, whose rounding counts
 # twice; ours are fp32. In later steps the rounding has reached the weights, and two right runs drift apart.
@@ -168,64 +170,44 @@ def phase_rows(task: Task, phases: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def phase_seconds(shape: Shape, method: str, steps: int, device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Median seconds of each part of our step, the device waited for in between; steps 2 on."""
+    """Median seconds of each part of the trainer's own step, the device waited for in between; steps 2 on."""
     parts: dict[str, list[float]] = {phase: [] for phase in PHASES}
+
+    def timed(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            synchronize(device)
+            started = time.perf_counter()
+            value = function(*arguments, **options)
+            synchronize(device)
+            parts[phase][-1] += time.perf_counter() - started
+            return value
+
+        return call
+
     with tempfile.TemporaryDirectory() as folder:
         settings = {"scope": "token"} if method == "adaptive" else {}
         trainer = make_trainer(shape, method, steps, device, dtype, Path(folder), settings)
         trainer.create_optimizer()
-        window, optimizer = trainer.window, trainer.optimizer
-        items = trainer.train_dataset
+        window, items = trainer.window, trainer.train_dataset
 
-        def timed(phase: str, function: Callable[[], Any]) -> Any:
-            synchronize(device)
-            started = time.perf_counter()
-            value = function()
-            synchronize(device)
-            parts[phase].append(time.perf_counter() - started)
-            return value
+        def batch_of(step: int) -> dict[str, Any]:
+            rows = range(step * shape.rows, (step + 1) * shape.rows)
+            return trainer._prepare_inputs(trainer.data_collator([items[row] for row in rows]))
 
-        for step in range(steps):
-            batch = timed(
-                "data",
-                lambda step=step: trainer._prepare_inputs(
-                    trainer.data_collator([items[step * shape.rows + row] for row in range(shape.rows)])
-                ),
-            )
-            sides = [batch[side] for side in ("forget", "retain")]
-            frozen = timed(
-                "frozen pass",
-                lambda sides=sides: [window.frozen(s["input_ids"], s["attention_mask"]) for s in sides],
-            )
-            hidden = timed("window forward", lambda frozen=frozen: window(*frozen))
-            loss = timed(
-                "loss",
-                lambda batch=batch, frozen=frozen, hidden=hidden: loss_of(trainer, batch, frozen, hidden),
-            )
-            timed("backward", loss.backward)
-            timed("optimiser", optimizer.step)
-            optimizer.zero_grad()
+        with (
+            patch.object(window, "frozen", timed("frozen pass", window.frozen)),
+            patch.object(window, "forward", timed("window forward", window.forward)),
+            patch("rmu.trainer.rmu_loss", timed("loss", rmu_loss)),
+        ):
+            for step in range(steps):
+                for times in parts.values():
+                    times.append(0.0)
+                batch = timed("data", batch_of)(step)
+                loss = trainer.compute_loss(window, batch)
+                timed("backward", loss.backward)()
+                timed("optimiser", trainer.optimizer.step)()
+                trainer.optimizer.zero_grad()
     return {phase: statistics.median(values[1:]) for phase, values in parts.items()}
-
-
-def loss_of(
-    trainer: Any, batch: dict[str, Any], frozen: list[Any], hidden: tuple[torch.Tensor, ...]
-) -> torch.Tensor:
-    """As in the trainer's step, metrics included."""
-    from rmu_kernels import rmu_loss
-
-    topic, mask = batch["topic"], batch["forget"]["loss_mask"]
-    return rmu_loss(
-        hidden[0],
-        hidden[1],
-        frozen[1].hidden,
-        trainer.directions[topic],
-        **trainer.coefficient.loss_arguments(topic, frozen[0].hidden, hidden[0], mask),
-        alpha=trainer.alphas[topic],
-        forget_mask=mask,
-        retain_mask=batch["retain"]["loss_mask"],
-        metrics=True,
-    ).loss
 
 
 if __name__ == "__main__":
