@@ -22,6 +22,7 @@ from benchmarks.timing import synchronize
 from rmu.data import UnlearningCollator
 from rmu.directions import draw_directions
 from rmu.optimizer import AdamWRMU
+from rmu.recording import decoder_layers, frozen_passes
 from rmu.window import LayerWindow
 from rmu_kernels import rmu_loss
 
@@ -104,18 +105,23 @@ def separate_runs(
 def shared_sweep(
     shape: Shape, layers: list[int], coefficients: list[float], steps: int, device: str, dtype: torch.dtype
 ) -> tuple[float, Losses]:
-    """The same settings with one set of texts, tokens and frozen passes for all coefficients of a layer."""
+    """The same settings: a batch is tokenised once, and one frozen pass of it serves all layers and coefficients."""
     model = random_model(shape, device, dtype, max(layers) + 1)
     forget, retain = corpora(shape, steps)
     directions = draw_directions(len(forget), shape.hidden, seed=SEED, dtype=dtype, device=device)
     synchronize(device)
     started = time.perf_counter()
     batches = tokenized(shape, forget, retain, steps, device)
+    windows = [LayerWindow(model, layer, trained_layers=trained_layers(shape.at(layer))) for layer in layers]
+    spans = [(window.first_layer, window.layer) for window in windows]
+    decoder = decoder_layers(model.base_model, max(layers) + 1)
+    recorded = [
+        [frozen_passes(model.base_model, decoder, spans, *side) for side in batch] for batch in batches
+    ]
     losses = {}
-    for layer in layers:
-        window = LayerWindow(model, layer, trained_layers=trained_layers(shape.at(layer)))
+    for i, (layer, window) in enumerate(zip(layers, windows, strict=True)):
         original = {name: tensor.clone() for name, tensor in window.trained_tensors()}
-        passes = [[window.frozen(ids, mask) for ids, mask in batch] for batch in batches]
+        passes = [[side[i] for side in batch] for batch in recorded]
         for coefficient in coefficients:
             window.load_trained_tensors(original)
             optimizer = AdamWRMU(window.trained, lr=LEARNING_RATE)
