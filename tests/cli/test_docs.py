@@ -21,6 +21,8 @@ class Parsed(BaseException):
 def lines():
     for page in PAGES:
         for block in re.findall(r"```(?:bash|console|sh)?\n(.*?)```", page.read_text(), re.DOTALL):
+            if not block.startswith(("rmu ", "$ rmu ", "#")):
+                continue  # what a command prints
             for line in re.sub(r"\\\n\s*", " ", block).splitlines():
                 if line.startswith(("rmu ", "$ rmu ")) and "..." not in line:
                     yield pytest.param(line.removeprefix("$ "), id=f"{page.name}: {line[:60]}")

@@ -67,7 +67,7 @@ def test_trackio(tmp_path):
         [sys.executable, "-c", TRACKIO_RUN, str(tmp_path)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0 and "asked" not in done.stderr, done.stderr
-    history, logs = json.loads(done.stdout.rpartition("RESULT")[2])
+    history, logs = json.loads(done.stdout.rpartition("RESULT")[2].splitlines()[0])
     for name in LOGGED:
         values = [log[f"train/{name}"] for log in logs if f"train/{name}" in log]
         assert values == pytest.approx([entry[name] for entry in history], rel=1e-5)
