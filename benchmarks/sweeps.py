@@ -1,26 +1,24 @@
 """Run the committed sweeps, adding to ``results/*.csv``, and draw their figures; stopped, each goes on where it was.
 
-python benchmarks/sweeps.py layers          # results/layers.csv, docs/layers*.png, the layers in docs/paper.md
-python benchmarks/sweeps.py methods         # results/methods.csv, docs/methods*.png
-python benchmarks/sweeps.py layers --draw   # the figures alone
+python -m benchmarks.sweeps layers         # results/layers.csv, docs/layers*.png, the layers in docs/paper.md
+python -m benchmarks.sweeps methods         # results/methods.csv, docs/methods*.png
+python -m benchmarks.sweeps layers --draw   # the figures alone
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plot_demo import CHANCE
+from benchmarks.results import ROOT
+from benchmarks.tables import replace_between
 from rmu.commands.sweep import parse_sweep
 from rmu.sweep import run_sweep
 from rmu.sweep_figures import strength, table, variant, write_figures
 from rmu.sweep_results import Outcome, last_sweep, outcomes, pareto_front, read_rows
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from benchmarks.plot import CHANCE, replace_between  # noqa: E402
 
 WORKS_RETAIN_POINTS = 5.0
 CONFIGS = {"layers": "layer_sweep.yaml", "methods": "method_sweep.yaml"}
@@ -85,7 +83,7 @@ def layers_section(found: list[Outcome], row: dict[str, Any]) -> str:
     return "\n".join(
         [
             "```bash",
-            "python benchmarks/sweeps.py layers",
+            "python -m benchmarks.sweeps layers",
             "```",
             "",
             f"At how many layers it works: forgets at least half of what is known above chance, for at most "
