@@ -14,6 +14,9 @@ COMMANDS = {
     "unlearn": "make a model forget, and save it",
     "calibrate": "measure a model's natural norms on the text to forget, and propose layer, c and beta",
     "eval": "measure a model: accuracy on lm-evaluation-harness tasks, perplexity",
+    "analyze": "measure what unlearning does inside a model: token confidence, alignment",
+    "probe": "try to get back what a model has unlearned, beside the base model as control",
+    "report": "gather the results of the other commands into one page, with a verdict a line",
     "demo": "unlearn a small real model and report what happened",
     "presets": "list the settings that ship with the package, or show one",
 }
