@@ -130,8 +130,8 @@ def natural_norms(
     """Norms of hidden states after every layer, with and without attention-sink rows (first and BOS positions).
 
     Returns:
-        A row for each ``side``, ``layer`` and ``rows`` (``without sinks``, ``with sinks``): ``tokens``, and ``median``, ``mean`` and
-        ``max`` of ||h||.
+        A row for each ``side``, ``layer`` and ``rows`` (``without sinks``, ``with sinks``): ``tokens``, and ``median``, ``mean``
+        and ``max`` of ||h||.
     """
     import pandas as pd
 

@@ -53,10 +53,9 @@ def mixed(
         f"{side} word": [q["choices"][q["gold"]] for q in first(questions, side)]
         for side in ("forget", "retain")
     }
-    rows = []
+    asked = {}
     for inserted in INSERTED:
         generator = np.random.default_rng(seed)
-        asked = {}
         for name, template in templates.items():
             prompts = ask(asked_about, template)
             if inserted != "nothing":
@@ -65,7 +64,9 @@ def mixed(
                     if not free:
                         raise ValueError(f"questions: no {inserted} that is not among {row['choices']}")
                     row["prompt"] = insert_word(row["prompt"], free[generator.integers(len(free))])
-            asked[name] = prompts
-        found = question_accuracy(model, tokenizer, asked, batch_size)
-        rows += [{"inserted": inserted, **row} for row in found]
+            asked[f"{inserted}/{name}"] = prompts
+    rows = []
+    for row in question_accuracy(model, tokenizer, asked, batch_size):
+        inserted, row["task"] = row["task"].split("/", 1)
+        rows.append({"inserted": inserted, **row})
     return pd.DataFrame(rows)

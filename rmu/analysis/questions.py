@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,8 +70,9 @@ class Tasks:
 
 
 def _pooled(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    score = pool(rows)
-    return {"n": sum(r["n"] for r in rows), "accuracy": score.accuracy, "stderr": score.stderr}
+    """All questions together, with the harness's estimate of the standard error (sample deviation over root n)."""
+    n, accuracy = sum(r["n"] for r in rows), pool(rows).accuracy
+    return {"n": n, "accuracy": accuracy, "stderr": math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1))}
 
 
 def read_questions(path: str | Path | None = None) -> list[dict[str, Any]]:
