@@ -1,4 +1,4 @@
-"""The figures of every analysis, drawn from its tables alone; with a column ``seed``, means ± standard deviation over seeds."""
+"""The figures of every analysis, drawn from its tables alone; with a column ``seed``, means over seeds."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ _UNITS = {
 
 
 def summary(table: DataFrame, by: Sequence[str]) -> DataFrame:
-    """Accuracy of each group, the mean over tasks (with the mean of their standard errors, which errs on the wide side); with
-    several seeds the mean over seeds, and their standard deviation for ``stderr``. Questions are of one set: ``n`` is a task's."""
+    """Accuracy of each group, the mean over tasks with the mean of their standard errors (which errs on the wide side: tasks may
+    ask about the same things). With several seeds the mean over them, and the standard error of that mean where it is larger.
+    ``n`` counts the questions of one task."""
     keys = list(by)
     seeds = "seed" in table.columns and table["seed"].nunique() > 1
     found = table.groupby([*keys, "seed"] if seeds else keys, sort=False)[["n", "accuracy", "stderr"]].mean()
     if seeds:
         grouped = found.reset_index().groupby(keys, sort=False)
-        found = grouped[["n", "accuracy"]].mean()
-        found["stderr"] = grouped["accuracy"].std()
+        found = grouped[["n", "accuracy", "stderr"]].mean()
+        found["stderr"] = found["stderr"].combine(grouped["accuracy"].sem(), max)
     return found.reset_index()
 
 
