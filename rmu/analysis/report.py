@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rmu.analysis.findings import FINDINGS
 from rmu.analysis.output import read_analysis
 from rmu.report import LIMITS
 from rmu.report_page import Drawings, Items, Section, Table, Text, render_html, render_markdown
-from rmu.verdict import SUMMARY_HEADER, Finding, headline, summary_rows, verdict
+from rmu.verdict import SUMMARY_HEADER, Finding, summary_rows, verdict
 
 TITLES = {
     "rephrase": "Effect: other wordings",
@@ -26,6 +27,8 @@ TITLES = {
     "quantize": "Robustness: quantization",
     "lens": "Robustness: reading inner layers",
 }
+
+_WORDS = {"met": "as hoped", "partly": "partly so", "missed": "not so", "unjudged": "without a verdict"}
 
 
 def gather(
@@ -84,7 +87,11 @@ def _cost(found: dict[str, Any]) -> tuple[list[Finding], list[list[str]]]:
             f"Unlearning took {run['train_seconds']:.0f} s for {run['steps']} steps and {memory:.2f} GiB at its peak on "
             f"{run['device']}; it changed {len(run['trained_tensors'])} tensors."
         )
-        findings.append(Finding("cost", "unjudged", f"unlearning took {run['train_seconds']:.0f} s", text))
+        findings.append(
+            Finding(
+                "Cost: time and memory", "unjudged", f"unlearning took {run['train_seconds']:.0f} s", text
+            )
+        )
         rows.append(["rmu unlearn", f"{run['train_seconds']:.0f} s", f"{memory:.2f} GiB"])
     for name, (_, record) in found["analyses"].items():
         if "seconds" in record:
@@ -94,12 +101,25 @@ def _cost(found: dict[str, Any]) -> tuple[list[Finding], list[list[str]]]:
 
 
 def findings_of(found: dict[str, Any]) -> list[Finding]:
-    """Every verdict on what :func:`gather` read, in the order of the page."""
-    findings = verdict(found["results"]) if found["results"] else []
-    for name in TITLES:
+    """Every verdict on what :func:`gather` read, in the order of the page, each goal under its kind."""
+    findings = []
+    for finding in verdict(found["results"]) if found["results"] else []:
+        kind = "Effect" if finding.goal.startswith("forget") else "Side effects"
+        findings.append(finding._replace(goal=f"{kind}: {finding.goal}"))
+    for name, title in TITLES.items():
         if name in found["analyses"]:
-            findings += FINDINGS[name](found["analyses"][name][0])
+            kind = title.split(":")[0]
+            for finding in FINDINGS[name](found["analyses"][name][0]):
+                findings.append(finding._replace(goal=f"{kind}: {finding.goal}"))
+    order = ["Effect", "Side effects", "Robustness"]
+    findings.sort(key=lambda finding: order.index(finding.goal.split(":")[0]))
     return findings + _cost(found)[0]
+
+
+def _headline(findings: Sequence[Finding]) -> str:
+    counts = Counter(finding.status for finding in findings)
+    parts = [f"{counts[status]} {word}" for status, word in _WORDS.items() if counts[status]]
+    return f"{len(findings)} findings: {', '.join(parts)}."
 
 
 def write_gathered_report(
@@ -121,10 +141,8 @@ def write_gathered_report(
     for name, title_of_section in TITLES.items():
         if name in found["analyses"]:
             tables, record = found["analyses"][name]
-            blocks = [Text(f.text) for f in FINDINGS[name](tables)]
-            sections.append(
-                Section(title_of_section, [*blocks, Drawings(FIGURES[name](tables, record.get("chance")))])
-            )
+            drawings = Drawings(FIGURES[name](tables, record.get("chance")))
+            sections.append(Section(title_of_section, [drawings]))
     rows = _cost(found)[1]
     if rows:
         sections.append(Section("Cost", [Table("Time and memory", ["", "time", "peak memory"], rows)]))
@@ -146,7 +164,7 @@ def write_gathered_report(
         if record.get("settings", {}).get(name)
     }
     findings = findings_of(found)
-    page = (title, sorted(models), headline(findings), findings, sections)
+    page = (title, sorted(models), _headline(findings), findings, sections)
     folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
         for block in section.blocks:
