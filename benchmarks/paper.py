@@ -9,6 +9,7 @@ file to measure it anew. ``--draw`` only draws.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,7 @@ from rmu.evaluation import load_model
 from rmu.figures import LIGHT, render
 from rmu.report_page import MARKS
 from rmu.settings import read_settings
+from rmu.trainer import RUN_FILE
 
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
 DOCS = ROOT / "docs"
@@ -119,7 +121,7 @@ class Paper:
     def ablate(self) -> dict[str, pd.DataFrame]:
         models = {name: load_model(folder) for name, folder in self.folders.items()}
         tokenizer = models["base"][1]
-        layer = read_settings("demo", SETTINGS)["layer"]
+        layer = json.loads((self.folders["unlearned"] / RUN_FILE).read_text())["settings"]["layer"]
         texts = [row["text"] for row in read_data("forget")[:200]]
         states = {name: mean_state(model, tokenizer, texts, layer) for name, (model, _) in models.items()}
         loaded = {name: model for name, (model, _) in models.items()}

@@ -168,7 +168,7 @@ def _mixed(tables: Mapping[str, DataFrame]) -> list[Finding]:
     text = (
         f"With a forget word in place of a retain word in the question, retain accuracy of the unlearned model went from "
         f"{score_text(unlearned)}% to {score_text(after)}%, of the base model from {score_text(base)}% to {score_text(control)}%: "
-        f"{100 * here:.1f} points lost against {100 * there:.1f}."
+        f"{number_text(100 * here, '.1f')} points lost against {number_text(100 * there, '.1f')}."
     )
     errors = math.sqrt(sum(s.stderr**2 for s in (base, unlearned, after, control)))
     met = here - there <= ERRORS * errors + TINY

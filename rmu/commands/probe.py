@@ -15,8 +15,6 @@ from rmu.analysis.questions import ask, first
 from rmu.commands import pair
 from rmu.commands.parser import Parser
 
-_GCG_TEMPLATE = 'Question: Which {{kind}} is described as "{{gloss}}"?\nAnswer:'
-
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(
@@ -108,7 +106,7 @@ def _gcg(arguments: argparse.Namespace) -> None:
     from rmu.analysis.gcg import gcg
 
     started = time.perf_counter()
-    rows, templates, _ = pair.questions(arguments, {"question": _GCG_TEMPLATE})
+    rows, templates, _ = pair.questions(arguments)
     asked = ask(first(rows, "forget", arguments.limit), next(iter(templates.values())))
     table = _compare(
         arguments,
