@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def confidence(
     """
     import pandas as pd
 
-    parts = []
+    parts: list[Any] = []
     for side, rows in texts.items():
         found = 0
         batches = list(forget_batches(rows, tokenizer, max_length, batch_size))

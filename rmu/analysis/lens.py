@@ -117,8 +117,8 @@ def choice_states(
             if len(ids) <= context:
                 raise ValueError(f"questions: the choice {choice!r} adds no token to its prompt")
             sequences.append((ids, context))
-    likelihoods = np.zeros((len(layers), len(sequences)), dtype=np.float32)
-    features = np.zeros(
+    likelihoods: np.ndarray = np.zeros((len(layers), len(sequences)), dtype=np.float32)
+    features: np.ndarray = np.zeros(
         (len(layers), len(sequences), model.config.get_text_config().hidden_size), dtype=np.float32
     )
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
