@@ -1,6 +1,6 @@
 """Measure the claims of docs/paper.md with several seeds, draw their figures and fill in the page.
 
-python benchmarks/paper.py --seeds 0 1 2
+python -m benchmarks.paper --seeds 0 1 2
 
 What ``results/paper/*.csv`` holds for a seed already is not measured again, so the script can be stopped and continued; delete a
 file to measure it anew. ``--draw`` only draws.
@@ -21,9 +21,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from demo_seeds import git
-from plot import ROOT, replace_between
 
+from benchmarks.results import ROOT, revision
+from benchmarks.tables import replace_between
 from rmu.analysis.ablate import ablate, mean_state
 from rmu.analysis.alignment import alignment, natural_norms
 from rmu.analysis.confidence import confidence, histograms, quantiles
@@ -238,13 +238,12 @@ def base_rows(table: str) -> pd.DataFrame | None:
 
 def keep(tables: dict[str, pd.DataFrame], seed: int) -> None:
     """Add a seed's tables to the files, each replaced in one go."""
-    dirty = "-dirty" if git("status", "--porcelain", "rmu", "rmu_kernels") else ""
     for name, table in tables.items():
         new = table.copy()
         for i, value in enumerate(
             [
                 date.today().isoformat(),
-                git("rev-parse", "--short", "HEAD") + dirty,
+                revision(),
                 f"{device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}, "
                 f"{torch.get_num_threads()} threads",
                 seed,

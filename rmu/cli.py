@@ -17,6 +17,7 @@ COMMANDS = {
     "analyze": "measure what unlearning does inside a model: token confidence, alignment",
     "probe": "try to get back what a model has unlearned, beside the base model as control",
     "report": "gather the results of the other commands into one page, with a verdict a line",
+    "sweep": "compare methods, layers and coefficients in many runs, and pick the best",
     "demo": "unlearn a small real model and report what happened",
     "presets": "list the settings that ship with the package, or show one",
 }
