@@ -146,6 +146,9 @@ class RMUConfig(TrainingArguments):
     max_grad_norm: float = _setting(0.0, "Clip gradients to this norm; 0: never.")
     logging_steps: float = _setting(10, "Log every so many steps.")
     save_strategy: str = _setting("no", "Keep checkpoints during training: no, steps or epoch.")
+    logging_nan_inf_filter: bool = _setting(
+        False, "Must stay false: a loss that is not finite stops the run."
+    )
     remove_unused_columns: bool = _setting(False, "Must stay false: batches hold two texts.")
 
     def __post_init__(self) -> None:
@@ -154,6 +157,11 @@ class RMUConfig(TrainingArguments):
             self.adam_epsilon = optimizer.EPS if self.optim == optimizer.NAME else 1e-8
         self._check()
         optim = self.optim
+        # Every trained tensor is used in every step, and the buffers are constants.
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        if self.ddp_broadcast_buffers is None:
+            self.ddp_broadcast_buffers = False
         if optim == optimizer.NAME:
             self.optim = TrainingArguments.optim  # the base class knows its own names only
         super().__post_init__()
