@@ -157,11 +157,9 @@ class RMUConfig(TrainingArguments):
             self.adam_epsilon = optimizer.EPS if self.optim == optimizer.NAME else 1e-8
         self._check()
         optim = self.optim
-        # Every trained tensor is used in every step, and the buffers are constants.
+        # Every trained tensor is used in every step.
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
-        if self.ddp_broadcast_buffers is None:
-            self.ddp_broadcast_buffers = False
         if optim == optimizer.NAME:
             self.optim = TrainingArguments.optim  # the base class knows its own names only
         super().__post_init__()
