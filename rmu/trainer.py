@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 import warnings
@@ -84,6 +85,11 @@ class RMUTrainer(Trainer):
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        for name, given in (("fsdp", args.fsdp), ("deepspeed", args.deepspeed)):
+            if given or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
+                raise ValueError(
+                    f"{name}: not supported, the frozen pass runs outside such a wrapper; several processes train with DDP"
+                )
         topics = len(forget)
         automatic = args.wants_calibration()
         if args.layer == AUTO:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 
 from rmu import RMUConfig, RMUTrainer
+from rmu.interrupt import Interrupted
 from tests.tiny import random_texts, tiny_folder, write_jsonl
+from tests.training.test_callbacks import task_folder
+from tests.training.test_resume import at_step
 
 FORGET = [random_texts(1, words=(3, 30)), random_texts(2, words=(3, 30))]
 RETAIN = [random_texts(3, words=(3, 30)), random_texts(4, words=(2, 9))]
@@ -28,12 +32,16 @@ METRICS = ("loss", "forget_loss", "retain_loss_1", "forget_norm", "retain_cosine
 needs_gloo = pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
 
 
-def train(base: Path, out: Path, name: str, rows: int, **changes) -> RMUTrainer:
+def trainer_of(base: Path, out: Path, name: str, rows: int, **changes) -> RMUTrainer:
     settings = dict(output_dir=str(out), layer=2, max_steps=6, learning_rate=1e-2, logging_steps=2, seed=5)
     settings |= dict(disable_tqdm=True, use_cpu=True, per_device_train_batch_size=rows, alpha=[20.0])
-    trainer = RMUTrainer(
+    return RMUTrainer(
         base, RMUConfig(**{**settings, **SETTINGS[name], **changes}), forget=FORGET, retain=RETAIN
     )
+
+
+def train(base: Path, out: Path, name: str, rows: int, **changes) -> RMUTrainer:
+    trainer = trainer_of(base, out, name, rows, **changes)
     trainer.train()
     return trainer
 
@@ -81,6 +89,17 @@ def rank(process: int, folder: Path, base: Path) -> None:
             stem = folder / f"{name}-{accumulation}-{process}"
             stem.with_suffix(".json").write_text(json.dumps(history))
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, f"{stem}.safetensors")
+    trainer = trainer_of(base, folder / "stopped", "first_batch", 4)
+    if process == 1:
+        # One process alone hears of it.
+        at_step(trainer, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        trainer.train()
+    except Interrupted:
+        resumed = trainer_of(base, folder / "stopped", "first_batch", 4)
+        resumed.train(resume_from_checkpoint=True)
+        tensors = dict(resumed.window.trained_tensors())
+        save_file(tensors, folder / f"resumed-{process}.safetensors")
     distributed.destroy_process_group()
     # A rank that ran autograd with gloo can abort while the interpreter shuts down: everything is written, leave at once.
     os._exit(0)
@@ -115,6 +134,24 @@ def test_two_ranks_equal_the_large_batch(two_ranks, large_batch, name, accumulat
         assert torch.equal(tensor, results[1][1][key])
 
 
+@needs_gloo
+def test_a_signal_to_one_of_two_ranks_saves_and_stops_both(two_ranks):
+    names = {path.name for path in (two_ranks / "stopped" / "checkpoint-4").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "rmu_trained.safetensors", "rmu_files.json"} <= names
+    expected = load_file(two_ranks / "first_batch-1-0.safetensors")
+    for process in (0, 1):
+        resumed = load_file(two_ranks / f"resumed-{process}.safetensors")
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
+
+
+def test_other_wrappers_are_refused(base, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="fsdp: not supported"):
+        train(base, tmp_path, "token", 4, fsdp=True)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="deepspeed: not supported"):
+        train(base, tmp_path, "token", 4)
+
+
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2"],
     "accelerate": ["-m", "accelerate.commands.launch", "--config_file", "examples/two_processes.yaml"],
@@ -127,11 +164,15 @@ def test_a_launcher_saves_the_folder_that_one_process_saves(base, tmp_path, laun
     for name, texts in (("forget", FORGET[0]), ("retain", RETAIN[0])):
         write_jsonl(tmp_path / f"{name}.jsonl", texts)
 
+    evaluation = ["--evaluate_every", "2", "--include_path", str(task_folder(tmp_path / "tasks"))]
+    evaluation += ["--forget_tasks", "tiny_words", "--retain_tasks", "tiny_words"]
+
     def run(out: str, rows: int, *command: str) -> None:
         argv = [sys.executable, *command, "-m", "rmu", "unlearn", "--model", str(base), "--layer", "2"]
         argv += ["--forget", str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl")]
         argv += ["--output_dir", str(tmp_path / out), "--max_steps", "4", "--use_cpu", "true"]
         argv += ["--per_device_train_batch_size", str(rows), "--learning_rate", "1e-2"]
+        argv += evaluation if launcher == "torchrun" else []
         done = subprocess.run(
             argv, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
@@ -148,7 +189,18 @@ def test_a_launcher_saves_the_folder_that_one_process_saves(base, tmp_path, laun
     )
     one, two = tmp_path / "one", tmp_path / "two"
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["forget.jsonl", "one", "retain.jsonl", "two"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "forget.jsonl",
+        "one",
+        "retain.jsonl",
+        "tasks",
+        "two",
+    ]
+    records = [json.loads((folder / "rmu_run.json").read_text())["evaluations"] for folder in (one, two)]
+    assert len(records[0]) == len(records[1]) == (3 if launcher == "torchrun" else 0)
+    for entry, other in zip(*records, strict=True):
+        for side in ("forget", "retain"):
+            assert entry[f"eval_{side}_accuracy"] == other[f"eval_{side}_accuracy"]
     for path in one.glob("*.safetensors"):
         tensors, others = load_file(path), load_file(two / path.name)
         assert tensors.keys() == others.keys()

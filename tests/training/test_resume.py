@@ -1,11 +1,11 @@
 """A run that is killed, interrupted or out of disk loses nothing that it had saved, and goes on bit for bit."""
 
+import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -73,11 +73,25 @@ def assert_nothing_half_written(place: Path, out: Path, started_with: set[Path])
         check_complete(folder)
 
 
-def kill_at(moment: str, process: subprocess.Popen, out: Path, source: random.Random) -> None:
+# A process a run, forked from one that has the libraries already.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["rmu.unlearn", "rmu.settings", "datasets", "torch._dynamo", "transformers.models.llama.modeling_llama"]
+)
+
+
+def run_command(argv: list[str], log: Path) -> None:
+    with open(log, "a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        sys.exit(main(argv))
+
+
+def kill_at(moment: str, process: multiprocessing.Process, out: Path, source: random.Random) -> None:
     """Kill the process at a random time after its first step, or as soon as it has begun to write a file of some kind."""
     patterns = {"checkpoint": f"{STAGING}/checkpoint-*/*", "result": f".{out.name}.*.partial"}
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.is_alive() and time.monotonic() < deadline:
         if moment == "any" and list(out.glob("checkpoint-*")):
             time.sleep(source.uniform(0, 0.4))
             break
@@ -86,22 +100,26 @@ def kill_at(moment: str, process: subprocess.Popen, out: Path, source: random.Ra
             break
         time.sleep(0.0005)
     process.kill()
-    process.wait()
+    process.join()
 
 
 def kill_and_resume(place: Path, expected: dict[str, torch.Tensor], moments: list[str], seed: int) -> None:
     source = random.Random(seed)
     out = place / f"killed-{seed}"
-    argv = [sys.executable, "-m", "rmu", *command(place, out.name), "--resume_from_checkpoint", "true"]
+    argv = [*command(place, out.name), "--resume_from_checkpoint", "true"]
     started_with = {path.parent for path in place.rglob("*.safetensors")}
-    log = open(place / "log", "w")
     for moment in moments:
-        process = subprocess.Popen(argv, stdout=log, stderr=log)
+        process = SERVER.Process(target=run_command, args=(argv, place / f"log-{seed}"))
+        process.start()
         kill_at(moment, process, out, source)
+        left = sorted(
+            p.relative_to(place).as_posix() for p in place.rglob("*") if out.name in str(p) and p.is_dir()
+        )
+        print(f"killed ({moment}) with exit code {process.exitcode}, left: {' '.join(left)}")
         assert_nothing_half_written(place, out, started_with)
-        if process.returncode == 0:
+        if loads(out):
             shutil.rmtree(out)
-    assert main(argv[3:]) == 0 or loads(out)
+    assert main(argv) == 0
     result = weights(out)
     directions = [name for name in result if name.startswith("direction.")]
     assert len(directions) == 2 and result.keys() == expected.keys()
