@@ -22,7 +22,7 @@ from rmu.resume import MANIFEST_FILE, STAGING, check_complete, last_checkpoint, 
 from tests.tiny import random_texts, tiny_folder, write_jsonl
 
 TEXTS = random_texts(1)
-STEPS = 40
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def place(tmp_path_factory):
 
 def command(place: Path, out: str, **changes) -> list[str]:
     settings = dict(
-        max_steps=STEPS, save_strategy="steps", save_steps=2, save_total_limit=2, scope="first_batch"
+        max_steps=STEPS, save_strategy="steps", save_steps=4, save_total_limit=2, scope="first_batch"
     )
     settings |= dict(
         layer=2, use_cpu="true", disable_tqdm="true", learning_rate=1e-2, lr_scheduler_type="cosine"
