@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
@@ -29,21 +27,12 @@ from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer, lo
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
 from rmu.directions import directions_to_bytes, draw_directions, read_directions
 from rmu.environment import environment
-from rmu.interrupt import Interrupted, SaveOnSignal
 from rmu.lora import LoRAWindow, quantization_config
 from rmu.model_card import model_card
 from rmu.optimizer import NAME as ADAMW_RMU
 from rmu.optimizer import AdamWRMU
 from rmu.processes import StepTokens, step_coefficient, sum_over_processes
-from rmu.resume import (
-    STAGING,
-    check_complete,
-    last_checkpoint,
-    publish,
-    remove_leftovers,
-    rotate,
-    seal,
-)
+from rmu.resumable import ResumableTrainer
 from rmu.rounding import UpdateRounding
 from rmu.window import LayerWindow
 from rmu_kernels import rmu_loss
@@ -53,7 +42,7 @@ STATE_FILE = "rmu_state.json"
 RUN_FILE = "rmu_run.json"
 
 
-class RMUTrainer(Trainer):
+class RMUTrainer(ResumableTrainer):
     """Unlearn with RMU or Adaptive RMU.
 
     Args:
@@ -164,7 +153,6 @@ class RMUTrainer(Trainer):
             args.method, args.per_topic(target, topics), args.scope, args.statistic
         )
         self.stopped_by: str | None = None
-        self._run_folder: str | None = None
         self._measured: dict[str, list[Tensor]] = defaultdict(list)
         self._seconds = 0.0
         super().__init__(
@@ -189,8 +177,6 @@ class RMUTrainer(Trainer):
         self.directions = self.directions.to(self.args.device)
         # The schedule's row at which the first batch began whose loss was not finite; -1: none. Read when logging or saving.
         self._bad_row = torch.tensor(-1, device=self.args.device)
-        self.signals = SaveOnSignal()
-        self.add_callback(self.signals)
         self.rounding = None
         # Adapters are not rounded to the model's dtype.
         if torch.finfo(self.window.model.dtype).bits < 32 and not isinstance(self.window, LoRAWindow):
@@ -200,31 +186,17 @@ class RMUTrainer(Trainer):
             self.args.dataloader_pin_memory = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; the time it takes goes into the run's record.
-
-        Args:
-            resume_from_checkpoint: a checkpoint's folder; or True (or ``"true"``): the newest whole one in ``output_dir``, and
-                the start where there is none yet.
+        """As in the base class; the time it takes goes into the run's record.
 
         Raises:
-            ValueError: no whole checkpoint there; or a loss that was not finite, with its step, topic and rows.
-            Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been saved.
+            ValueError: also for a loss that was not finite, with its step, topic and rows.
         """
         started = time.perf_counter()
-        resume = self._checkpoint_to_resume(resume_from_checkpoint)
+        self._bad_row.fill_(-1)
         try:
-            with self.signals.watching(self.args.world_size):
-                output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
+            return super().train(resume_from_checkpoint, **kwargs)
         finally:
             self._seconds += time.perf_counter() - started
-        self._check_finite()
-        if self.signals.agreed:
-            saved = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            raise Interrupted(
-                f"interrupted after step {self.state.global_step} of {self.state.max_steps}, saved {saved}; to go on, "
-                "give the same command with --resume_from_checkpoint true"
-            )
-        return output
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -372,6 +344,10 @@ class RMUTrainer(Trainer):
             self._measured.clear()
         super().log(logs, start_time)
 
+    def _check_run(self) -> None:
+        self._check_finite()
+        self._check_trained()
+
     def _check_finite(self) -> None:
         """Raise ``ValueError`` if some loss so far was not finite; to be called on every process."""
         bad = [row for row in self.accelerator.gather(self._bad_row.reshape(1)).tolist() if row >= 0]
@@ -382,10 +358,6 @@ class RMUTrainer(Trainer):
                 f"loss: not finite at step {row // schedule.rows + 1}, {schedule.describe(row, self.args.train_batch_size)}; "
                 f"stopped at step {step}, {self._kept()}. A lower learning_rate or float32 may help"
             )
-
-    def _kept(self) -> str:
-        kept = last_checkpoint(Path(self.args.output_dir))
-        return f"the last checkpoint is {kept}" if kept else "nothing was saved"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the original checkpoint with exactly the trained tensors changed, or a LoRA adapter; and the run's record.
@@ -456,54 +428,6 @@ class RMUTrainer(Trainer):
         # The schedule is the order.
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    def _together(self, work: Callable[[], None], main_only: bool = False) -> None:
-        """Do ``work`` on every process, or on the main one while the others wait; its error ends all of them."""
-        error: Exception | None = None
-        if self.args.should_save or not main_only:
-            try:
-                work()
-            except Exception as caught:
-                error = caught
-        (failed,) = sum_over_processes([int(error is not None)], self.accelerator)
-        if error:
-            raise error
-        if failed:
-            raise RuntimeError("another process failed, see its error")
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._run_folder or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in ``transformers.Trainer``, but a checkpoint is whole under its name or not there, and holds finite tensors."""
-        self._check_finite()
-        self._check_trained()
-        output = Path(self.args.output_dir)
-        staging = output / STAGING
-
-        def write() -> None:
-            self._run_folder = str(staging)
-            try:
-                super(RMUTrainer, self)._save_checkpoint(model, trial)
-            finally:
-                self._run_folder = None
-
-        def finish() -> None:
-            folder = staging / f"checkpoint-{self.state.global_step}"
-            seal(folder)
-            publish(folder, output)
-            rotate(output, self.args.save_total_limit)
-            shutil.rmtree(staging, ignore_errors=True)
-
-        try:
-            self._together(lambda: shutil.rmtree(staging, ignore_errors=True), main_only=True)
-            self._together(write)
-            self._together(finish, main_only=True)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise OSError(
-                f"output_dir: checkpoint-{self.state.global_step} could not be saved ({error}); {self._kept()}"
-            ) from error
-
     def _save_trained(self, folder: Path) -> None:
         """A checkpoint during training: the trained tensors and the state that is not Trainer's; it loads as no model."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -518,19 +442,6 @@ class RMUTrainer(Trainer):
         }
         (folder / STATE_FILE).write_text(json.dumps(state))
         (folder / DIRECTIONS_FILE).write_bytes(directions_to_bytes(self.directions))
-
-    def _checkpoint_to_resume(self, resume: str | bool | None) -> Path | None:
-        if resume is None or str(resume).lower() == "false":
-            return None
-        output = Path(self.args.output_dir)
-        self._together(lambda: remove_leftovers(output), main_only=True)
-        if str(resume).lower() != "true":
-            check_complete(Path(str(resume)))
-            return Path(str(resume))
-        folder = last_checkpoint(output)
-        if self.args.process_index == 0:
-            print(f"resuming from {folder}" if folder else f"no whole checkpoint in {output}: from the start")
-        return folder
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
