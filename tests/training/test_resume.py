@@ -65,10 +65,17 @@ def loads(folder: Path) -> bool:
     return True
 
 
-def assert_nothing_half_written(place: Path, out: Path, started_with: set[Path]) -> None:
-    """After a kill: what loads is the whole result, and what is named as a checkpoint is a whole one."""
-    for folder in {path.parent for path in place.rglob("*.safetensors")} - started_with:
-        assert folder == out or not loads(folder), folder
+def assert_same_weights(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    result = weights(folder)
+    assert result.keys() == expected.keys(), folder
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in result.items()), folder
+
+
+def assert_nothing_half_written(place: Path, out: Path, expected: dict[str, torch.Tensor]) -> None:
+    """After a kill: a folder that loads is the whole result, and one that is named as a checkpoint is a whole one."""
+    for folder in {path.parent for path in place.rglob("*.safetensors") if out.name in str(path)}:
+        if loads(folder):
+            assert_same_weights(folder, expected)
     for folder in out.glob("checkpoint-*"):
         check_complete(folder)
 
@@ -90,12 +97,13 @@ def run_command(argv: list[str], log: Path) -> None:
 def kill_at(moment: str, process: multiprocessing.Process, out: Path, source: random.Random) -> None:
     """Kill the process at a random time after its first step, or as soon as it has begun to write a file of some kind."""
     patterns = {"checkpoint": f"{STAGING}/checkpoint-*/*", "result": f".{out.name}.*.partial"}
+    before = set(out.glob(patterns.get(moment, "checkpoint-*")))
     deadline = time.monotonic() + 120
     while process.is_alive() and time.monotonic() < deadline:
-        if moment == "any" and list(out.glob("checkpoint-*")):
+        if moment == "any" and set(out.glob("checkpoint-*")) - before:
             time.sleep(source.uniform(0, 0.4))
             break
-        if moment in patterns and list(out.glob(patterns[moment])):
+        if moment in patterns and set(out.glob(patterns[moment])) - before:
             time.sleep(source.uniform(0, 0.003))
             break
         time.sleep(0.0005)
@@ -107,7 +115,6 @@ def kill_and_resume(place: Path, expected: dict[str, torch.Tensor], moments: lis
     source = random.Random(seed)
     out = place / f"killed-{seed}"
     argv = [*command(place, out.name), "--resume_from_checkpoint", "true"]
-    started_with = {path.parent for path in place.rglob("*.safetensors")}
     for moment in moments:
         process = SERVER.Process(target=run_command, args=(argv, place / f"log-{seed}"))
         process.start()
@@ -116,14 +123,11 @@ def kill_and_resume(place: Path, expected: dict[str, torch.Tensor], moments: lis
             p.relative_to(place).as_posix() for p in place.rglob("*") if out.name in str(p) and p.is_dir()
         )
         print(f"killed ({moment}) with exit code {process.exitcode}, left: {' '.join(left)}")
-        assert_nothing_half_written(place, out, started_with)
+        assert_nothing_half_written(place, out, expected)
         if loads(out):
             shutil.rmtree(out)
     assert main(argv) == 0
-    result = weights(out)
-    directions = [name for name in result if name.startswith("direction.")]
-    assert len(directions) == 2 and result.keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in result.items())
+    assert_same_weights(out, expected)
     assert not list(out.glob(".*"))
 
 
