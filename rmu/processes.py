@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rmu_kernels import adaptive_coefficient
+from rmu_kernels.reference import reduce_norms
 
 
 class StepTokens(NamedTuple):
@@ -25,18 +25,15 @@ def sum_over_processes(numbers: list[int], accelerator: Accelerator) -> list[int
     return accelerator.reduce(torch.tensor(numbers, device=accelerator.device), "sum").tolist()
 
 
-def step_coefficient(
-    hidden: list[tuple[Tensor, Tensor]], scale: float, statistic: str, accelerator: Accelerator
-) -> Tensor:
+def step_coefficient(norms: Tensor, scale: float, statistic: str, accelerator: Accelerator) -> Tensor:
     """``rmu_kernels.adaptive_coefficient`` of scope ``batch`` over a whole step, the same on every process.
 
     Args:
-        hidden: ``[B, T, D]`` states and ``[B, T]`` mask of each micro-batch of this process.
+        norms: ``[N]`` fp32, those of this process's counted tokens.
         scale, statistic: as there.
     """
-    norms = torch.cat([adaptive_coefficient(states, 1.0)[mask.bool()] for states, mask in hidden])
     if accelerator.num_processes > 1:
         padded = accelerator.pad_across_processes(norms, pad_index=-1.0)
         gathered = accelerator.gather(padded)
         norms = gathered[gathered != -1.0]
-    return adaptive_coefficient(norms[:, None], scale, scope="batch", statistic=statistic)
+    return scale * reduce_norms(norms, None, "batch", statistic)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 
 from rmu import compat
 from rmu.auto import find_layer, find_target
+from rmu.cache import make_store
 from rmu.checkpoint import local_folder, resolve_names, save_unlearned
 from rmu.coefficient import SteeringCoefficient
 from rmu.config import AUTO, RMUConfig
@@ -31,11 +32,13 @@ from rmu.lora import LoRAWindow, quantization_config
 from rmu.model_card import model_card
 from rmu.optimizer import NAME as ADAMW_RMU
 from rmu.optimizer import AdamWRMU
+from rmu.packing import check_packing
 from rmu.processes import StepTokens, step_coefficient, sum_over_processes
 from rmu.resumable import ResumableTrainer
 from rmu.rounding import UpdateRounding
+from rmu.source import FrozenSource
 from rmu.window import LayerWindow
-from rmu_kernels import rmu_loss
+from rmu_kernels import adaptive_coefficient, rmu_loss
 
 TRAINED_FILE = "rmu_trained.safetensors"
 STATE_FILE = "rmu_state.json"
@@ -107,6 +110,7 @@ class RMUTrainer(ResumableTrainer):
             rows=rows,
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.shuffle,
+            repeat_batches=args.repeat_batches,
         )
         if schedule.steps < 0:
             schedule.steps = args.max_steps = topics * max(math.ceil(len(corpus) / rows) for corpus in forget)
@@ -167,6 +171,7 @@ class RMUTrainer(ResumableTrainer):
                 exclude_sink=args.exclude_sink,
                 padding_side=args.padding_side,
                 pad_id=processing_class.eos_token_id if released else None,
+                padding_free=args.padding_free,
             ),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -177,6 +182,17 @@ class RMUTrainer(ResumableTrainer):
         self.directions = self.directions.to(self.args.device)
         # The schedule's row at which the first batch began whose loss was not finite; -1: none. Read when logging or saving.
         self._bad_row = torch.tensor(-1, device=self.args.device)
+        if args.padding_free:
+            check_packing(self.window.to(self.args.device))
+        if args.torch_compile:
+            # A compiled rerun is one graph; short cuts in it would be graph breaks.
+            self.window.keeps_outputs = False
+        self.frozen = FrozenSource(
+            self.window,
+            make_store(args.cache, args.cache_size, args.cache_dir),
+            # The topics of a round read the same retain rows.
+            recent=args.gradient_accumulation_steps if topics > 1 else 0,
+        )
         self.rounding = None
         # Adapters are not rounded to the model's dtype.
         if torch.finfo(self.window.model.dtype).bits < 32 and not isinstance(self.window, LoRAWindow):
@@ -224,16 +240,19 @@ class RMUTrainer(ResumableTrainer):
             return
         if topic in self.coefficient.first:
             return
-        hidden = []
+        norms = []
         for batch in batches:
             forget = self._prepare_input(batch["forget"])
-            batch["frozen_forget"] = self.window.frozen(forget["input_ids"], forget["attention_mask"])
-            states = batch["frozen_forget"].hidden
+            recorded = batch["frozen_forget"] = self.frozen(
+                forget, **self.coefficient.wants(self.args.relative)
+            )
             if scope == "first_batch":
-                (states,) = self.window(batch["frozen_forget"])
-            hidden.append((states, forget["loss_mask"]))
+                token_norms = adaptive_coefficient(self.window(recorded)[0], 1.0)
+            else:
+                token_norms = recorded.norms
+            norms.append(token_norms[forget["loss_mask"].bool()])
         value = step_coefficient(
-            hidden, self.coefficient.values[topic], self.args.statistic, self.accelerator
+            torch.cat(norms), self.coefficient.values[topic], self.args.statistic, self.accelerator
         )
         if scope == "first_batch":
             self.coefficient.first[topic] = value
@@ -256,10 +275,10 @@ class RMUTrainer(ResumableTrainer):
         tokens, alpha = num_items_in_batch, self.alphas[topic]
         if tokens is not None:
             alpha *= max(tokens.forget, 1) / max(tokens.retain, 1)
-        frozen_forget = inputs.get("frozen_forget") or self.window.frozen(
-            forget["input_ids"], forget["attention_mask"]
+        frozen_forget = inputs.get("frozen_forget") or self.frozen(
+            forget, **self.coefficient.wants(self.args.relative)
         )
-        frozen_retain = self.window.frozen(retain["input_ids"], retain["attention_mask"])
+        frozen_retain = self.frozen(retain, hidden=True, repeats=True)
         forget_hidden, retain_hidden = model(frozen_forget, frozen_retain)
         rounds_as_released = self.args.compat == "released" and forget_hidden.dtype != torch.float32
         if rounds_as_released and self.args.method == "adaptive" and topic not in self.coefficient.first:
@@ -269,9 +288,7 @@ class RMUTrainer(ResumableTrainer):
         target = (
             {"coefficient": inputs["coefficient"]}
             if "coefficient" in inputs
-            else self.coefficient.loss_arguments(
-                topic, frozen_forget.hidden, forget_hidden, forget["loss_mask"]
-            )
+            else self.coefficient.loss_arguments(topic, frozen_forget, forget_hidden, forget["loss_mask"])
         )
         output = rmu_loss(
             forget_hidden,
@@ -418,6 +435,7 @@ class RMUTrainer(ResumableTrainer):
             "steps": self.state.global_step,
             "update_rounding": self.rounding.record() if self.rounding else None,
             "stopped_by": self.stopped_by,
+            "frozen_passes": {"computed": self.frozen.computed, "reused": self.frozen.found},
             "train_seconds": self._seconds,
             **environment(self.args.device),
             "history": steps,
@@ -477,6 +495,7 @@ def make_window(
         "trained_layers": args.trained_layers,
         "trained_parameters": args.trained_parameters,
         "parameter_dtype": None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype),
+        "embeddings_on_cpu": args.embeddings_on_cpu,
     }
     window: type[LayerWindow] = LayerWindow
     if args.lora_rank:
@@ -499,6 +518,8 @@ def noise_seed(seed: int, row: int) -> int:
 def load_arguments(args: RMUConfig, trust_remote_code: bool = False) -> dict[str, Any]:
     """The arguments of ``from_pretrained`` for the base model that the settings ask for."""
     arguments: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": trust_remote_code}
+    if args.attn_implementation:
+        arguments["attn_implementation"] = args.attn_implementation
     if args.quantization != "none":
         arguments["quantization_config"] = quantization_config(args.quantization, args.device)
         arguments["device_map"] = {"": args.device}
