@@ -20,9 +20,9 @@ _COMMON = {
 }  # fmt: skip
 
 
-class _UnlearnParser(HfArgumentParser):
+class _SettingsParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (rmu unlearn --help lists the arguments)")
+        raise ValueError(f"{message} ({self.prog} --help lists the arguments)")
 
 
 class _HelpAll(argparse.Action):
@@ -51,16 +51,25 @@ _TYPES = {"layer": _or_auto(int), "coefficient": _or_auto(float), "scale": _or_a
 
 
 def unlearn_parser(full_help: bool = False) -> HfArgumentParser:
-    """The parser; ``full_help`` shows the flags of ``TrainingArguments`` too that ``--help`` leaves out."""
-    parser = _UnlearnParser(
+    """The parser of ``rmu unlearn``; see :func:`settings_parser`."""
+    return settings_parser(
         (UnlearningArguments, RMUConfig),
+        full_help,
         prog="rmu unlearn",
         usage="rmu unlearn [--config PRESET_OR_YAML] --model M --forget F [F ...] --retain R [R ...] --output_dir O",
         description="Make a model forget. Only layers 0..l are loaded; the result is the original checkpoint with exactly "
         "the trained tensors changed.",
+    )
+
+
+def settings_parser(types: tuple[type, ...], full_help: bool, **texts: str) -> HfArgumentParser:
+    """A parser of dataclasses; ``full_help`` shows the flags of ``TrainingArguments`` too that ``--help`` leaves out."""
+    parser = _SettingsParser(
+        types,
         epilog="Every other flag of transformers.TrainingArguments works too: --help_all lists them.",
         formatter_class=argparse.HelpFormatter,
         allow_abbrev=False,
+        **texts,
     )
     parser.add_argument(
         "--config", metavar="PRESET_OR_YAML", help="Settings from a preset or a YAML file; flags win."

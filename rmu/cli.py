@@ -14,6 +14,7 @@ COMMANDS = {
     "unlearn": "make a model forget, and save it",
     "calibrate": "measure a model's natural norms on the text to forget, and propose layer, c and beta",
     "eval": "measure a model: accuracy on lm-evaluation-harness tasks, perplexity",
+    "sweep": "compare methods, layers and coefficients in many runs, and pick the best",
     "demo": "unlearn a small real model and report what happened",
     "presets": "list the settings that ship with the package, or show one",
 }

@@ -62,7 +62,7 @@ def evaluate_tasks(
         raise ValueError("tasks is empty: name at least one task of lm-evaluation-harness.")
     manager = _task_manager(tasks, include_path)
     was_training = model.training
-    with _quiet("lm_eval.models.huggingface"):
+    with quiet("lm_eval.models.huggingface"):
         # bfloat16 log-likelihoods have about three digits: options would tie.
         harness_model = HFLM(
             pretrained=model,
@@ -77,7 +77,7 @@ def evaluate_tasks(
         harness_model._rank, harness_model._world_size = accelerator.process_index, processes
         harness_model.accelerator = accelerator
     try:
-        with _quiet("lm_eval.api.task"), _random_state_kept():
+        with quiet("lm_eval.api.task"), random_state_kept():
             results = simple_evaluate(
                 harness_model,
                 tasks=tasks,
@@ -89,12 +89,12 @@ def evaluate_tasks(
     finally:
         model.train(was_training)
     # The first process alone has the results.
-    rows = [None if results is None else _rows(tasks, results)]
+    rows = [None if results is None else accuracy_rows(tasks, results)]
     return (broadcast_object_list(rows) if processes > 1 else rows)[0]
 
 
 @contextmanager
-def _quiet(logger_name: str) -> Iterator[None]:
+def quiet(logger_name: str) -> Iterator[None]:
     """Hide the harness's warnings on how it was called: an in-memory model, a task with its own loader."""
     logger = logging.getLogger(logger_name)
     level = logger.level
@@ -106,7 +106,7 @@ def _quiet(logger_name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
     """The harness seeds every global generator; what is drawn after a measurement must not depend on it."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -115,6 +115,20 @@ def _random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+def load_tasks(tasks: list[str], include_path: str | Path | None) -> Any:
+    """The tasks and groups as `lm_eval.evaluator.evaluate` takes them, without examples unless a task has its own number.
+
+    Raises:
+        ValueError: no such folder or task.
+    """
+    loaded = _task_manager(tasks, include_path).load(tasks)
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)  # that of `simple_evaluate`
+    return loaded
 
 
 def _task_manager(tasks: list[str], include_path: str | Path | None):
@@ -134,7 +148,7 @@ def _task_manager(tasks: list[str], include_path: str | Path | None):
     return manager
 
 
-def _rows(tasks: list[str], results: dict[str, Any]) -> list[dict[str, Any]]:
+def accuracy_rows(tasks: list[str], results: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     samples, reported = results["samples"], results["results"]
     # A tag is no task of its own: its members are reported instead.

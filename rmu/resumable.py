@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from rmu.resume import (
 class ResumableTrainer(Trainer):
     """``transformers.Trainer`` with whole checkpoints only, and one more when it is interrupted (:mod:`rmu.resume`).
 
-    Arguments as for ``transformers.Trainer``.
+    Arguments as for ``transformers.Trainer``. Without its callback ``signals`` it leaves Ctrl-C and SIGTERM alone.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -48,7 +49,8 @@ class ResumableTrainer(Trainer):
             Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been saved.
         """
         resume = self._checkpoint_to_resume(resume_from_checkpoint)
-        with self.signals.watching(self.args.world_size):
+        heeded = self.signals in self.callback_handler.callbacks
+        with self.signals.watching(self.args.world_size) if heeded else nullcontext():
             output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
         self._check_run()
         if self.signals.agreed:

@@ -45,6 +45,10 @@ STATE_FILE = "rmu_state.json"
 RUN_FILE = "rmu_run.json"
 
 
+class NonFiniteLossError(ValueError):
+    """A loss or a trained tensor is infinite or not a number."""
+
+
 class RMUTrainer(ResumableTrainer):
     """Unlearn with RMU or Adaptive RMU.
 
@@ -205,7 +209,7 @@ class RMUTrainer(ResumableTrainer):
         """As in the base class; the time it takes goes into the run's record.
 
         Raises:
-            ValueError: also for a loss that was not finite, with its step, topic and rows.
+            NonFiniteLossError: with the step, topic and rows of the first loss that was not finite.
         """
         started = time.perf_counter()
         self._bad_row.fill_(-1)
@@ -366,12 +370,12 @@ class RMUTrainer(ResumableTrainer):
         self._check_trained()
 
     def _check_finite(self) -> None:
-        """Raise ``ValueError`` if some loss so far was not finite; to be called on every process."""
+        """Raise :class:`NonFiniteLossError` if some loss so far was not finite; to be called on every process."""
         bad = [row for row in self.accelerator.gather(self._bad_row.reshape(1)).tolist() if row >= 0]
         schedule, step = self.train_dataset, self.state.global_step
         if bad:
             row = min(bad)
-            raise ValueError(
+            raise NonFiniteLossError(
                 f"loss: not finite at step {row // schedule.rows + 1}, {schedule.describe(row, self.args.train_batch_size)}; "
                 f"stopped at step {step}, {self._kept()}. A lower learning_rate or float32 may help"
             )
@@ -392,7 +396,7 @@ class RMUTrainer(ResumableTrainer):
 
     def _check_trained(self) -> None:
         if not all(torch.isfinite(tensor).all() for _, tensor in self.window.trained_tensors()):
-            raise ValueError(
+            raise NonFiniteLossError(
                 f"loss: the trained tensors are not finite at step {self.state.global_step}; {self._kept()}"
             )
 
