@@ -145,11 +145,16 @@ def test_a_signal_to_one_of_two_ranks_saves_and_stops_both(two_ranks):
 
 
 def test_other_wrappers_are_refused(base, tmp_path, monkeypatch):
+    args = RMUConfig(output_dir=str(tmp_path), layer=2, max_steps=1, use_cpu=True)
+    for name in ("fsdp", "deepspeed"):
+        monkeypatch.setattr(args, name, "given", raising=True)
+        with pytest.raises(ValueError, match=f"{name}: not supported"):
+            RMUTrainer(base, args, forget=FORGET, retain=RETAIN)
+        monkeypatch.undo()
+    # As accelerate launch sets it.
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="fsdp: not supported"):
-        train(base, tmp_path, "token", 4, fsdp=True)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="deepspeed: not supported"):
-        train(base, tmp_path, "token", 4)
+        RMUTrainer(base, args, forget=FORGET, retain=RETAIN)
 
 
 LAUNCHERS = {
