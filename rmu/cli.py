@@ -44,11 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        return _fail("interrupted", code=130)
+    except KeyboardInterrupt as interrupt:
+        print(f"rmu: {interrupt or 'interrupted'}", file=sys.stderr)
+        return 130
     return 0
 
 
-def _fail(message: str, code: int = 2) -> int:
+def _fail(message: str) -> int:
     print(f"rmu: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+    return 2

@@ -174,6 +174,9 @@ class RMUConfig(TrainingArguments):
         None, "Space of the hub that trackio logs to; default: trackio's folder on this machine."
     )
     save_strategy: str = _setting("no", "Keep checkpoints during training: no, steps or epoch.")
+    logging_nan_inf_filter: bool = _setting(
+        False, "Must stay false: a loss that is not finite stops the run."
+    )
     remove_unused_columns: bool = _setting(False, "Must stay false: batches hold two texts.")
 
     def __post_init__(self) -> None:
@@ -182,6 +185,9 @@ class RMUConfig(TrainingArguments):
             self.adam_epsilon = optimizer.EPS if self.optim == optimizer.NAME else 1e-8
         self._check()
         optim = self.optim
+        # Every trained tensor is used in every step.
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
         if optim == optimizer.NAME:
             self.optim = TrainingArguments.optim  # the base class knows its own names only
         super().__post_init__()

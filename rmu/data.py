@@ -161,15 +161,32 @@ class UnlearningSchedule(torch.utils.data.Dataset):
         return self.steps * self.rows
 
     def __getitem__(self, j: int) -> dict[str, Any]:
+        (topic, forget), (corpus, retain) = self._places(j)
+        return {
+            "row": j,
+            "topic": topic,
+            "forget": _text(self.forget[topic][forget]),
+            "retain": _text(self.retain[corpus][retain]),
+        }
+
+    def _places(self, j: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The corpus and the row in it, of item ``j``'s forget and retain text."""
         step, row = divmod(j, self.rows)
         topics, retains = len(self.forget), len(self.retain)
         position = step // topics * self.rows + row
-        return {
-            "row": j,
-            "topic": step % topics,
-            "forget": self._text("forget", step % topics, position),
-            "retain": self._text("retain", position % retains, position // retains),
-        }
+        topic, corpus = step % topics, position % retains
+        return (
+            (topic, self._place("forget", topic, position)),
+            (corpus, self._place("retain", corpus, position // retains)),
+        )
+
+    def describe(self, first: int, number: int) -> str:
+        """The topic, and the corpora's rows, of the items ``first`` to ``first + number - 1``, all of one step."""
+        items = [self._places(j) for j in range(first, first + number)]
+        (topic, _), _ = items[0]
+        forget = ", ".join(str(place) for (_, place), _ in items)
+        retain = ", ".join(f"{place} of corpus {corpus}" for _, (corpus, place) in items)
+        return f"topic {topic} (forget rows {forget}; retain rows {retain})"
 
     def passes(self) -> list[float]:
         """How often each forget corpus is read, as a number of passes."""
@@ -179,15 +196,12 @@ class UnlearningSchedule(torch.utils.data.Dataset):
             for i, corpus in enumerate(self.forget)
         ]
 
-    def _text(self, side: str, index: int, position: int) -> str:
+    def _place(self, side: str, index: int, position: int) -> int:
         corpus = getattr(self, side)[index]
         if self.repeat_batches:
             position = position % (-(-len(corpus) // self.rows) * self.rows) % len(corpus)
         repeat, place = divmod(position, len(corpus))
-        if self.shuffle:
-            place = int(self._order(side, index, repeat, len(corpus))[place])
-        item = corpus[place]
-        return item["text"] if isinstance(item, dict) else item
+        return int(self._order(side, index, repeat, len(corpus))[place]) if self.shuffle else place
 
     def _order(self, side: str, index: int, repeat: int, size: int) -> np.ndarray:
         kept = self._orders.get((side, index))
@@ -197,13 +211,17 @@ class UnlearningSchedule(torch.utils.data.Dataset):
         return kept[1]
 
 
-class UnlearningCollator:
-    """Tokenises and pads one micro-batch: ``{"row": int, "topic": int, "forget": {...}, "retain": {...}}``.
+def _text(item: Any) -> str:
+    return item["text"] if isinstance(item, dict) else item
 
-    ``row`` is that of its first item in the schedule. Each side has ``input_ids``, ``attention_mask`` and ``loss_mask``, all
-    ``[B, T]`` int64; the last is 1 for tokens that count in the losses; and a ``digest`` (str) of what the model reads. Texts
-    are cut on the right, whatever the tokenizer's own
-    side is.
+
+class UnlearningCollator:
+    """Tokenises and pads one micro-batch.
+
+    It is ``{"row": int, "topic": int, "counted": (int, int), "forget": {...}, "retain": {...}}``. ``row`` is that of its first item
+    in the schedule, ``counted`` the number of tokens that count in the forget and in the retain loss. Each side has ``input_ids``,
+    ``attention_mask`` and ``loss_mask``, all ``[B, T]`` int64; the last is 1 for tokens that count in the losses; and a ``digest``
+    (str) of what the model reads. Texts are cut on the right, whatever the tokenizer's own side is.
 
     Args:
         tokenizer: a tokenizer; without a pad token it pads with its eos token.
@@ -251,11 +269,14 @@ class UnlearningCollator:
             raise ValueError(
                 f"items: got topics {[item['topic'] for item in items]}, expected one topic a batch"
             )
+        forget = self.side([item["forget"] for item in items], self.forget_lengths[topic])
+        retain = self.side([item["retain"] for item in items], self.retain_length)
         return {
             "row": items[0]["row"],
             "topic": topic,
-            "forget": self.side([item["forget"] for item in items], self.forget_lengths[topic]),
-            "retain": self.side([item["retain"] for item in items], self.retain_length),
+            "counted": (int(forget["loss_mask"].sum()), int(retain["loss_mask"].sum())),
+            "forget": forget,
+            "retain": retain,
         }
 
     def side(self, texts: list[str], length: int) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +28,7 @@ def evaluate_tasks(
     include_path: str | Path | None = None,
     batch_size: int = 32,
     limit: int | None = None,
+    accelerator: Accelerator | None = None,
 ) -> list[dict[str, Any]]:
     """Accuracy on lm-evaluation-harness tasks.
 
@@ -35,6 +38,7 @@ def evaluate_tasks(
             are not indexed, which saves several seconds.
         batch_size: requests a forward pass.
         limit: at most this many documents a task.
+        accelerator: that of a run on several processes, each with the model; they share the documents, and all get the rows.
 
     Returns:
         Rows `{"task", "domain", "side", "n", "accuracy", "stderr"}`; `stderr` is the standard error.
@@ -67,6 +71,11 @@ def evaluate_tasks(
             batch_size=batch_size,
             softmax_dtype="float32",
         )
+    processes = 1 if accelerator is None else accelerator.num_processes
+    if accelerator is not None and processes > 1:
+        # The harness splits documents by these, but takes a model in memory for the only one.
+        harness_model._rank, harness_model._world_size = accelerator.process_index, processes
+        harness_model.accelerator = accelerator
     try:
         with quiet("lm_eval.api.task"), random_state_kept():
             results = simple_evaluate(
@@ -79,7 +88,9 @@ def evaluate_tasks(
             )
     finally:
         model.train(was_training)
-    return accuracy_rows(tasks, results)
+    # The first process alone has the results.
+    rows = [None if results is None else accuracy_rows(tasks, results)]
+    return (broadcast_object_list(rows) if processes > 1 else rows)[0]
 
 
 @contextmanager
