@@ -1,0 +1,123 @@
+"""Bytes and FLOPs of a step without weights: the model's own code on meta tensors, watched operation by operation."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+_aten = torch.ops.aten
+
+
+class Meter:
+    """Within ``with Meter() as meter`` meta tensors that operations make are counted while they live.
+
+    Attributes:
+        live, peak: bytes of storages made within the block, now and at most.
+
+    Attention runs as a fused kernel does (query, key, value and output are kept for the backward pass, no ``[T, T]`` scores), which
+    is what PyTorch chooses on a CPU and on a GPU; models that compute attention themselves do so here too. A question that a model
+    asks about values (is every entry of this mask set?) is answered yes: batches are taken to be full.
+    """
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+        self._storages: set[int] = set()
+        self._flops = FlopCounterMode(display=False, custom_mapping=_FLOPS)
+        self._modes: list[Any] = [_FusedAttention(), _Watch(self._seen), self._flops]
+
+    def __enter__(self) -> Meter:
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations so far: matrix products and attention, a multiplication and an addition counted as two."""
+        return self._flops.get_total_flops()
+
+    def _seen(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            return
+        self._storages.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, key, storage.nbytes()).atexit = False
+
+    def _freed(self, key: int, size: int) -> None:
+        self._storages.discard(key)
+        self.live -= size
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, seen: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._report = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+            return True
+        # Storages that operations are given, the weights, are not theirs.
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.is_meta
+                and tensor.untyped_storage()._cdata not in given
+            ):
+                self._report(tensor)
+        return out
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On meta tensors ``scaled_dot_product_attention`` would fall back on its unfused form."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention and len(args) == 3 and args[0].is_meta:
+            query, key, value = args
+            if key.shape[1] != query.shape[1]:  # enable_gqa
+                key, value = (t.expand(query.shape[0], query.shape[1], *t.shape[2:]) if t.shape[1] == 1
+                              else t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+            return _aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, 0.0, kwargs.get("is_causal", False),
+                attn_mask=kwargs.get("attn_mask"), scale=kwargs.get("scale"),
+            )[0]
+        return func(*args, **kwargs)
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+def _grouped_flops(first: Any, second: Any, *args: Any, **kwargs: Any) -> int:
+    """Experts' products: every row of ``first`` meets one expert's matrix."""
+    return 2 * math.prod(first) * second[-1]
+
+
+# What torch's counter lacks.
+_FLOPS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+if hasattr(_aten, "_grouped_mm"):
+    _FLOPS[_aten._grouped_mm] = _grouped_flops
