@@ -22,7 +22,7 @@ _COMMON = {
 
 class _UnlearnParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (rmu unlearn --help lists the arguments)")
+        raise ValueError(f"{message} ({self.prog} --help lists the arguments)")
 
 
 class _HelpAll(argparse.Action):
@@ -50,14 +50,28 @@ def _or_auto(convert: type) -> Callable[[str], Any]:
 _TYPES = {"layer": _or_auto(int), "coefficient": _or_auto(float), "scale": _or_auto(float)}
 
 
-def unlearn_parser(full_help: bool = False) -> HfArgumentParser:
-    """The parser; ``full_help`` shows the flags of ``TrainingArguments`` too that ``--help`` leaves out."""
+_DESCRIPTIONS = {
+    "unlearn": "Make a model forget. Only layers 0..l are loaded; the result is the original checkpoint with exactly "
+    "the trained tensors changed.",
+    "plan": "What a run with these arguments will read, train and keep: parameters, bytes, FLOPs a step. Only the model's "
+    "config is read; the corpora are counted, not opened.",
+}
+_USAGES = {
+    "unlearn": "rmu unlearn [--config PRESET_OR_YAML] --model M --forget F [F ...] --retain R [R ...] --output_dir O",
+    "plan": "rmu plan [--config PRESET_OR_YAML] --model M [arguments of rmu unlearn]",
+}
+
+
+def unlearn_parser(full_help: bool = False, command: str = "unlearn") -> HfArgumentParser:
+    """The parser of ``rmu unlearn``, or of ``plan``, which needs no corpora.
+
+    ``full_help`` shows the flags of ``TrainingArguments`` too that ``--help`` leaves out.
+    """
     parser = _UnlearnParser(
         (UnlearningArguments, RMUConfig),
-        prog="rmu unlearn",
-        usage="rmu unlearn [--config PRESET_OR_YAML] --model M --forget F [F ...] --retain R [R ...] --output_dir O",
-        description="Make a model forget. Only layers 0..l are loaded; the result is the original checkpoint with exactly "
-        "the trained tensors changed.",
+        prog=f"rmu {command}",
+        usage=_USAGES[command],
+        description=_DESCRIPTIONS[command],
         epilog="Every other flag of transformers.TrainingArguments works too: --help_all lists them.",
         formatter_class=argparse.HelpFormatter,
         allow_abbrev=False,
@@ -68,6 +82,8 @@ def unlearn_parser(full_help: bool = False) -> HfArgumentParser:
     parser.add_argument("--help_all", action=_HelpAll, help="Show every flag.")
     for action in parser._actions:
         action.type = _TYPES.get(action.dest, action.type)
+        if command == "plan" and action.dest in ("forget", "retain"):
+            action.required, action.default = False, []
     if not full_help:
         inherited = {f.name for f in fields(TrainingArguments)} - _COMMON
         for action in parser._actions:

@@ -12,9 +12,12 @@ from rmu.commands.parser import nearest
 
 COMMANDS = {
     "unlearn": "make a model forget, and save it",
+    "plan": "what such a run will read, train and keep, from the model's config alone",
     "calibrate": "measure a model's natural norms on the text to forget, and propose layer, c and beta",
     "eval": "measure a model: accuracy on lm-evaluation-harness tasks, perplexity",
     "demo": "unlearn a small real model and report what happened",
+    "merge": "a model from its original and the tensors that training left",
+    "diff": "which tensors of two checkpoints differ, and by how much",
     "presets": "list the settings that ship with the package, or show one",
 }
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import PreTrainedModel
+
+from rmu.window import LayerWindow
+from rmu_kernels import rmu_loss
 
 _aten = torch.ops.aten
 
@@ -121,3 +126,84 @@ _FLOPS = {
 }
 if hasattr(_aten, "_grouped_mm"):
     _FLOPS[_aten._grouped_mm] = _grouped_flops
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one step, from the second on: bytes above weights, trained tensors and optimizer state, and FLOPs.
+
+    Attributes:
+        peak: bytes at most, gradients included.
+        recorded: bytes that the frozen passes left.
+        flops: operations of one micro-batch.
+    """
+
+    peak: int
+    recorded: int
+    flops: int
+
+
+def measure_step(
+    window: LayerWindow, rows: int, forget_length: int, retain_length: int, *, accumulate: bool, fused_loss: bool
+) -> StepCost:
+    """A step of :meth:`rmu.RMUTrainer.compute_loss` and its backward pass on a window on the meta device.
+
+    Args:
+        window: the window; its gradients are left in place.
+        rows: forget rows, and as many retain rows.
+        accumulate: whether gradients of an earlier micro-batch are there.
+        fused_loss: the loss is the fused kernel, which keeps its gradients and nothing else; or the PyTorch twin.
+    """
+    with Meter() as meter:
+        for _ in range(2 if accumulate else 1):
+            before = meter.flops
+            hidden, gradients, recorded = _forward(window, rows, forget_length, retain_length, meter, fused_loss)
+            torch.autograd.backward(hidden, gradients)
+            del hidden, gradients
+    return StepCost(meter.peak, recorded, meter.flops - before)
+
+
+def _forward(
+    window: LayerWindow, rows: int, forget_length: int, retain_length: int, meter: Meter, fused_loss: bool
+) -> tuple[list[Tensor], list[Tensor] | None, int]:
+    """The tensors to differentiate, their gradients (of a loss: None), and the bytes that the frozen passes left."""
+    before = meter.live
+    masks = [
+        torch.ones(rows, length, dtype=torch.long, device="meta") for length in (forget_length, retain_length)
+    ]
+    frozen = [window.frozen(torch.zeros_like(mask), mask) for mask in masks]
+    recorded = meter.live - before
+    forget, retain = window(*frozen)
+    if fused_loss:
+        hidden = [forget, retain]
+        return hidden, [torch.empty_like(h) for h in hidden], recorded
+    output = rmu_loss(
+        forget,
+        retain,
+        frozen[1].hidden,
+        torch.empty(window.hidden_size, device="meta"),
+        frozen_forget=frozen[0].hidden,
+        scale=1.0,
+        forget_mask=masks[0],
+        retain_mask=masks[1],
+        metrics=True,
+    )
+    return [output.loss], None, recorded
+
+
+def forward_flops(model: nn.Module, rows: int, length: int) -> int:
+    """Operations of a full pass through a model on the meta device."""
+    with Meter() as meter, torch.no_grad():
+        model(input_ids=torch.zeros(rows, length, dtype=torch.long, device="meta"), use_cache=False)
+    return meter.flops
+
+
+def backward_flops(base: PreTrainedModel, rows: int, length: int) -> int:
+    """Operations of the backward pass of a base model on the meta device, to every one of its parameters."""
+    base.requires_grad_(True)
+    with Meter() as meter:
+        ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+        hidden = base(input_ids=ids, use_cache=False).last_hidden_state
+        forward = meter.flops
+        torch.autograd.backward(hidden, torch.empty_like(hidden))
+    return meter.flops - forward

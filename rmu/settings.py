@@ -51,15 +51,15 @@ def read_settings(source: str, known: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def parse_unlearn(argv: Sequence[str]) -> tuple[Any, Any]:
-    """``(UnlearningArguments, RMUConfig)`` from flags and ``--config``; flags win.
+def parse_unlearn(argv: Sequence[str], command: str = "unlearn") -> tuple[Any, Any]:
+    """``(UnlearningArguments, RMUConfig)`` from flags and ``--config``; flags win. ``plan`` takes the same, without corpora too.
 
     Raises:
         ValueError: an unknown or malformed argument, or a required one missing.
     """
     from rmu.arguments import unlearn_parser
 
-    parser = unlearn_parser(full_help="--help_all" in argv)
+    parser = unlearn_parser("--help_all" in argv, command)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     config, rest = first.parse_known_args(list(argv))
