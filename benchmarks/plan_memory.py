@@ -34,7 +34,10 @@ VOCABULARY = 4096
 
 def case(hidden: int, rows: int, length: int, stored: str = "float32", **settings: Any) -> dict[str, Any]:
     shape = dict(hidden_size=hidden, intermediate_size=4 * hidden, dtype=stored)
-    settings = dict(per_device_train_batch_size=rows, forget_max_length=[length], retain_max_length=length) | settings
+    settings = (
+        dict(per_device_train_batch_size=rows, forget_max_length=[length], retain_max_length=length)
+        | settings
+    )
     return {"shape": shape, "settings": settings}
 
 
@@ -66,7 +69,7 @@ def config(shape: dict[str, Any]) -> LlamaConfig:
 
 
 def write_checkpoint(folder: Path, model_config: LlamaConfig) -> None:
-    """Random weights in layers 0..LAYER, in the config's dtype; the file's other tensors are holes, which read as zeros and take no disk."""
+    """Random weights in layers 0..LAYER, in the config's dtype; the other tensors are holes, zeros that take no disk."""
     with torch.device("meta"):
         tensors = AutoModelForCausalLM.from_config(model_config).state_dict()
     code, itemsize = {torch.float32: ("F32", 4), torch.bfloat16: ("BF16", 2)}[model_config.dtype]
@@ -93,12 +96,20 @@ def write_checkpoint(folder: Path, model_config: LlamaConfig) -> None:
     words = {f"w{i}": i for i in range(VOCABULARY - 2)} | {"<eos>": VOCABULARY - 2, "<unk>": VOCABULARY - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(
+        folder
+    )
 
 
 def train(folder: Path, settings: dict[str, Any], use_cpu: bool) -> RMUTrainer:
     args = RMUConfig(
-        output_dir=str(folder / "out"), layer=LAYER, max_steps=STEPS, use_cpu=use_cpu, report_to=[], disable_tqdm=True, **settings
+        output_dir=str(folder / "out"),
+        layer=LAYER,
+        max_steps=STEPS,
+        use_cpu=use_cpu,
+        report_to=[],
+        disable_tqdm=True,
+        **settings,
     )
     length = args.retain_max_length
     texts = [" ".join(f"w{(17 * i + 31 * j) % 4000}" for j in range(length)) for i in range(32)]
@@ -132,7 +143,14 @@ def compare(name: str, use_cpu: bool) -> dict[str, Any]:
         plan = plan_run(folder, args, on_cpu=use_cpu)
         # Blocks of more than 64 KiB go back to the system when they are freed.
         run = subprocess.run(
-            [sys.executable, __file__, "--measure", str(folder), json.dumps(chosen["settings"]), str(int(use_cpu))],
+            [
+                sys.executable,
+                __file__,
+                "--measure",
+                str(folder),
+                json.dumps(chosen["settings"]),
+                str(int(use_cpu)),
+            ],
             capture_output=True,
             text=True,
             env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},

@@ -80,11 +80,7 @@ class _Watch(TorchDispatchMode):
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if (
-                isinstance(tensor, Tensor)
-                and tensor.is_meta
-                and tensor.untyped_storage()._cdata not in given
-            ):
+            if isinstance(tensor, Tensor) and tensor.is_meta and tensor.untyped_storage()._cdata not in given:
                 self._report(tensor)
         return out
 
@@ -97,11 +93,20 @@ class _FusedAttention(TorchFunctionMode):
         if func is torch.nn.functional.scaled_dot_product_attention and len(args) == 3 and args[0].is_meta:
             query, key, value = args
             if key.shape[1] != query.shape[1]:  # enable_gqa
-                key, value = (t.expand(query.shape[0], query.shape[1], *t.shape[2:]) if t.shape[1] == 1
-                              else t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+                key, value = (
+                    t.expand(query.shape[0], query.shape[1], *t.shape[2:])
+                    if t.shape[1] == 1
+                    else t.repeat_interleave(query.shape[1] // t.shape[1], 1)
+                    for t in (key, value)
+                )
             return _aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, 0.0, kwargs.get("is_causal", False),
-                attn_mask=kwargs.get("attn_mask"), scale=kwargs.get("scale"),
+                query,
+                key,
+                value,
+                0.0,
+                kwargs.get("is_causal", False),
+                attn_mask=kwargs.get("attn_mask"),
+                scale=kwargs.get("scale"),
             )[0]
         return func(*args, **kwargs)
 
@@ -144,7 +149,13 @@ class StepCost:
 
 
 def measure_step(
-    window: LayerWindow, rows: int, forget_length: int, retain_length: int, *, accumulate: bool, fused_loss: bool
+    window: LayerWindow,
+    rows: int,
+    forget_length: int,
+    retain_length: int,
+    *,
+    accumulate: bool,
+    fused_loss: bool,
 ) -> StepCost:
     """A step of :meth:`rmu.RMUTrainer.compute_loss` and its backward pass on a window on the meta device.
 
@@ -157,7 +168,9 @@ def measure_step(
     with Meter() as meter:
         for _ in range(2 if accumulate else 1):
             before = meter.flops
-            hidden, gradients, recorded = _forward(window, rows, forget_length, retain_length, meter, fused_loss)
+            hidden, gradients, recorded = _forward(
+                window, rows, forget_length, retain_length, meter, fused_loss
+            )
             torch.autograd.backward(hidden, gradients)
             del hidden, gradients
     return StepCost(meter.peak, recorded, meter.flops - before)

@@ -265,21 +265,33 @@ def table(plan: Plan) -> str:
     lengths = ", ".join(map(str, plan.forget_lengths))
     loop = f"the released two-model loop {plan.released_flops / 1e12:.3g} ({plan.released_flops / plan.flops:.1f} x)"
     rows = [
-        ("read", f"{_billions(plan.read_parameters):>9} of {_billions(plan.model_parameters)} parameters: embeddings, "
-                 f"layers 0..{plan.layer} of {plan.layers}"),
+        (
+            "read",
+            f"{_billions(plan.read_parameters):>9} of {_billions(plan.model_parameters)} parameters: embeddings, "
+            f"layers 0..{plan.layer} of {plan.layers}",
+        ),
         ("", f"{_gigabytes(plan.read_bytes):>9} of {_gigabytes(plan.checkpoint_bytes)} on disk, by {source}"),
-        ("trained", f"{_billions(plan.trained_parameters):>9} parameters in {len(plan.trained_names)} tensors"),
-        ("on the device", f"{'':9} {plan.rows} + {plan.rows} rows of {lengths} / {plan.retain_length} tokens, a process"),
-        *((f"  {name}", f"{_gigabytes(value):>9}") for name, value in (
-            ("embeddings", plan.embeddings),
-            ("frozen layers", plan.weights),
-            ("trained tensors", plan.trained),
-            ("optimizer state", plan.optimizer),
-            ("gradients", plan.gradients),
-            ("recorded states", plan.recorded),
-            ("activations, workspace", plan.activations),
-            ("at most", plan.device_peak),
-        )),
+        (
+            "trained",
+            f"{_billions(plan.trained_parameters):>9} parameters in {len(plan.trained_names)} tensors",
+        ),
+        (
+            "on the device",
+            f"{'':9} {plan.rows} + {plan.rows} rows of {lengths} / {plan.retain_length} tokens, a process",
+        ),
+        *(
+            (f"  {name}", f"{_gigabytes(value):>9}")
+            for name, value in (
+                ("embeddings", plan.embeddings),
+                ("frozen layers", plan.weights),
+                ("trained tensors", plan.trained),
+                ("optimizer state", plan.optimizer),
+                ("gradients", plan.gradients),
+                ("recorded states", plan.recorded),
+                ("activations, workspace", plan.activations),
+                ("at most", plan.device_peak),
+            )
+        ),
         ("in the host's memory", f"{_gigabytes(plan.host):>9}"),
         ("a step", f"{plan.flops / 1e12:>9.3g} TFLOP; {loop}"),
     ]

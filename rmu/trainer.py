@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 
 from rmu import compat
 from rmu.auto import find_layer, find_target
+from rmu.base_fingerprint import base_fingerprint, check_base, edited_tensors
 from rmu.checkpoint import local_folder, resolve_names, save_unlearned
 from rmu.coefficient import SteeringCoefficient
 from rmu.config import AUTO, RMUConfig
@@ -107,16 +110,26 @@ class RMUTrainer(Trainer):
                 )
             processing_class = load_tokenizer(self.base_folder, trust_remote_code)
         check_tokenizer(processing_class, self.window.config.get_text_config().vocab_size)
+        prefix = self.window.model.base_model_prefix + "."
         # Found out before training, not after it.
         self.stored = (
             resolve_names(
                 self.base_folder,
                 {name: tuple(tensor.shape) for name, tensor in self.window.trained_tensors()},
-                self.window.model.base_model_prefix + ".",
+                prefix,
             )
             if self.base_folder and not isinstance(self.window, LoRAWindow)
             else None
         )
+        self._edited: list[str] = []
+        if self.stored is not None and not isinstance(model, str | Path):
+            self._edited = edited_tensors(
+                self.base_folder,
+                ((prefix + name, tensor) for name, tensor in self.window.model.named_parameters()),
+                prefix,
+            )
+            if self._edited:
+                warnings.warn(f"{self._edit_message()}; it can be trained, but not saved", stacklevel=2)
         if args.directions:
             self.directions = read_directions(args.directions, topics, self.window.hidden_size)
         else:
@@ -244,8 +257,10 @@ class RMUTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the original checkpoint with exactly the trained tensors changed, or a LoRA adapter; and the run's record.
 
+        A model given in memory is saved as the folder it was loaded from with the trained tensors changed.
+
         Raises:
-            ValueError: the model was given in memory without a folder it was loaded from.
+            ValueError: the model was given in memory without a folder it was loaded from, or was changed after that.
         """
         folder = Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
@@ -270,7 +285,19 @@ class RMUTrainer(Trainer):
             raise ValueError(
                 "model: it was given in memory, without a folder whose other tensors could be kept"
             )
+        if self._edited:
+            raise ValueError(f"{self._edit_message()}; save it with save_pretrained and give that folder")
         save_unlearned(self.base_folder, folder, self.window.trained_tensors(), self.stored, extra_files)
+
+    def _edit_message(self) -> str:
+        return f"model: {self._edited[0]} is not as in {self.base_folder}, which the model was loaded from"
+
+    @cached_property
+    def base_fingerprint(self) -> str | None:
+        """:func:`rmu.base_fingerprint.base_fingerprint` of the original checkpoint; None of a model in memory."""
+        if self.base_folder is None:
+            return None
+        return base_fingerprint(self.base_folder, (self.stored or {}).values())
 
     def run_record(self) -> dict[str, Any]:
         """What is needed to audit and repeat the run."""
@@ -284,6 +311,7 @@ class RMUTrainer(Trainer):
         return {
             "base": self.base_name,
             "base_revision": revision,
+            "base_fingerprint": self.base_fingerprint,
             "settings": self.args.method_settings(),
             "calibration": self.calibration,
             "trained_tensors": self.window.trained_names,
@@ -310,15 +338,20 @@ class RMUTrainer(Trainer):
             {name: tensor.contiguous() for name, tensor in self.window.trained_tensors()},
             folder / TRAINED_FILE,
         )
-        (folder / STATE_FILE).write_text(json.dumps({"first_batch_coefficients": self.coefficient.state()}))
+        (folder / STATE_FILE).write_text(
+            json.dumps({"first_batch_coefficients": self.coefficient.state(), "record": self.run_record()})
+        )
         (folder / DIRECTIONS_FILE).write_bytes(directions_to_bytes(self.directions))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         if not (folder / TRAINED_FILE).is_file():
             raise ValueError(f"resume_from_checkpoint: {folder} has no {TRAINED_FILE}")
-        self.window.load_trained_tensors(load_file(folder / TRAINED_FILE))
         state = json.loads((folder / STATE_FILE).read_text())
+        if self.base_folder is not None:
+            fingerprint = state.get("record", {}).get("base_fingerprint")
+            check_base(self.base_folder, (self.stored or {}).values(), fingerprint, "model", folder)
+        self.window.load_trained_tensors(load_file(folder / TRAINED_FILE))
         self.coefficient.load_state(state["first_batch_coefficients"], self.args.device)
         topics = len(self.alphas)
         self.directions = read_directions(folder / DIRECTIONS_FILE, topics, self.window.hidden_size)

@@ -33,7 +33,7 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
         raise ValueError("output_dir: not given, expected a new or an empty folder")
     output = Path(config.output_dir)
     check_output_folder(output, ("checkpoint-", "runs") if config.resume_from_checkpoint else ())
-    folder = local_folder(arguments.model)
+    folder = local_folder(arguments.model, arguments.allow_pickle)
     if not (arguments.allow_pickle and has_only_pickles(folder)):
         stored_tensors(folder)
 
