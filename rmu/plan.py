@@ -22,6 +22,8 @@ from rmu.meter import Meter, backward_flops, forward_flops, measure_step
 from rmu.trainer import RMUTrainer, make_window
 from rmu.window import check_layer, decoder_layers, truncate_config
 
+_MOST_LAYERS = 10_000  # of a sound config; building more, even without weights, would take for ever
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -168,8 +170,10 @@ def read_config(model: str | Path, trust_remote_code: bool = False) -> Pretraine
     """
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        config.get_text_config().num_hidden_layers  # noqa: B018
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        layers = config.get_text_config().num_hidden_layers
+        if not (isinstance(layers, int) and 0 < layers <= _MOST_LAYERS):
+            raise ValueError(f"num_hidden_layers: got {layers}, expected 1 to {_MOST_LAYERS}")
+    except Exception as error:  # of whatever kind a config's own code meets with
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"model: {str(model)!r} has no config that can be read ({reason})") from error
     return config
@@ -184,10 +188,14 @@ def _dtype(name: str, config: PretrainedConfig) -> torch.dtype:
 def _on_meta(
     auto_class: Any, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
-    with torch.device("meta"):
-        return auto_class.from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
-        ).eval()
+    try:
+        with torch.device("meta"):
+            return auto_class.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+            ).eval()
+    except Exception as error:  # of whatever kind a model's own code meets with
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"model: its config makes no {auto_class.__name__} ({reason})") from error
 
 
 def _number(module: nn.Module) -> int:
