@@ -87,7 +87,7 @@ def load_corpus(
 
 
 def _check_json(path: Path, argument: str) -> None:
-    """Refuse what pyarrow's reader (25.0 and before) crashes on: null in place of an object, and very deep nesting."""
+    """Refuse what pyarrow's reader (26.0 and before) crashes on: null in place of an object, and very deep nesting."""
     from fsspec import open as open_any
 
     depth = 0

@@ -42,6 +42,7 @@ class Plan:
         gradients: bytes of the trained tensors' gradients.
         activations: bytes at the peak of a step beyond ``recorded`` and ``gradients``: activations and workspace.
         device_peak: bytes on the device at most.
+        host_embeddings: whether the input embeddings stay in the host's memory.
         host: bytes in the host's memory at most, those of the process itself (libraries) not counted.
         flops, released_flops: operations of a step here, and of the released two-model loop on the same batch; mean of the topics.
     """
@@ -67,6 +68,7 @@ class Plan:
     activations: int
     device_peak: int
     host: int
+    host_embeddings: bool
     flops: float
     released_flops: float
 
@@ -101,6 +103,9 @@ def plan_run(
     check_layer(layer, layers)
     args = copy.copy(args)
     args.layer = layer
+    host_embeddings = getattr(args, "embeddings_on_cpu", False)
+    if host_embeddings:
+        args.embeddings_on_cpu = False  # here all is on the meta device
     on_cpu = args.device.type == "cpu" if on_cpu is None else on_cpu
     dtype = _dtype(args.dtype, config)
     lengths = tuple(args.per_topic("forget_max_length", topics))
@@ -131,7 +136,13 @@ def plan_run(
     }
     largest = costs[max(lengths)]
     state, update = _optimizer_bytes(args, list(window.trained))
-    peak = weights + embeddings + trained + state + max(largest.peak, trained + update)
+    peak = (
+        weights
+        + (0 if host_embeddings else embeddings)
+        + trained
+        + state
+        + max(largest.peak, trained + update)
+    )
     loading = weights + embeddings
     if from_headers and abs(read - loading) > 0.01 * loading:
         loading += read  # stored in another dtype: files are mapped into memory beside what is made of them
@@ -157,6 +168,7 @@ def plan_run(
         activations=max(0, largest.peak - largest.recorded - trained),
         device_peak=max(peak, loading) if on_cpu else peak,
         host=max(peak, loading) if on_cpu else loading,
+        host_embeddings=host_embeddings,
         flops=sum(costs[length].flops for length in lengths) / topics,
         released_flops=sum(released) / topics,
     )
@@ -290,7 +302,7 @@ def table(plan: Plan) -> str:
         *(
             (f"  {name}", f"{_gigabytes(value):>9}")
             for name, value in (
-                ("embeddings", plan.embeddings),
+                ("embeddings", 0 if plan.host_embeddings else plan.embeddings),
                 ("frozen layers", plan.weights),
                 ("trained tensors", plan.trained),
                 ("optimizer state", plan.optimizer),

@@ -2,4 +2,4 @@
 
 from hypothesis import settings
 
-settings.register_profile("slow", max_examples=10_000)
+settings.register_profile("slow", max_examples=1_000)

@@ -1,6 +1,6 @@
 """Broken input of every kind: a one-line error or a right result, never a traceback, a hang or silent acceptance.
 
-``pytest tests/cli/test_fuzz.py --hypothesis-profile slow`` tries a hundred times as many examples.
+``pytest tests/cli/test_fuzz.py --hypothesis-profile slow`` tries ten times as many examples.
 """
 
 import contextlib
