@@ -9,9 +9,9 @@ from rmu_kernels import kernels
 from rmu_kernels.reference import Rows, Term, Wanted
 
 # Columns that the registers of 16 warps hold: metrics and noise need registers too, and so do longer rows,
-# which are taken in pieces. `python -m rmu_kernels.aot` finds what spills.
+# which are taken in pieces by 8 warps. `python -m rmu_kernels.aot` finds what spills.
 LARGEST_BLOCK, LARGEST_WITH_METRICS, LARGEST_WITH_NOISE = 16384, 8192, 4096
-LARGEST_PIECE = 8192
+LARGEST_PIECE = 4096
 COUNT_SEGMENT = 4096  # tokens that one program counts
 REDUCE_BLOCK = 4096
 
@@ -29,7 +29,7 @@ def block_and_warps(features: int, metrics: bool = False, noise: bool = False) -
     """Columns that a program holds, and its warps: 32 would not fit the 64 lanes of an AMD wavefront."""
     largest = LARGEST_WITH_NOISE if noise else LARGEST_WITH_METRICS if metrics else LARGEST_BLOCK
     if features > largest:
-        return min(largest, LARGEST_PIECE), 16
+        return LARGEST_PIECE, 8
     block = next_power_of_2(features)
     return block, 4 if block <= 2048 else 8 if block <= 4096 else 16
 
