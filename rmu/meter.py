@@ -20,6 +20,7 @@ from rmu.window import LayerWindow
 from rmu_kernels import rmu_loss
 
 _aten = torch.ops.aten
+_GROUPED = getattr(_aten, "_grouped_mm", None)
 
 
 class Meter:
@@ -76,6 +77,9 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
             return True
+        if _GROUPED and func is _GROUPED.default and args[0].is_meta:
+            # Its own rule on meta tensors knows bf16 only.
+            return self._made(args[0].new_empty(_grouped_shape(*args, **(kwargs or {}))))
         # Storages that operations are given, the weights, are not theirs.
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
@@ -83,6 +87,10 @@ class _Watch(TorchDispatchMode):
             if isinstance(tensor, Tensor) and tensor.is_meta and tensor.untyped_storage()._cdata not in given:
                 self._report(tensor)
         return out
+
+    def _made(self, tensor: Tensor) -> Tensor:
+        self._report(tensor)
+        return tensor
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -119,6 +127,13 @@ def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *args
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
+def _grouped_shape(first: Tensor, second: Tensor, offs: Tensor, *args: Any, **kwargs: Any) -> tuple[int, ...]:
+    """Rows by expert times matrices; or, for the matrices' gradient, columns by expert times rows by expert."""
+    if second.dim() == 3:
+        return first.shape[0], second.shape[2]
+    return offs.shape[0], first.shape[0], second.shape[1]
+
+
 def _grouped_flops(first: Any, second: Any, *args: Any, **kwargs: Any) -> int:
     """Experts' products: every row of ``first`` meets one expert's matrix."""
     return 2 * math.prod(first) * second[-1]
@@ -129,8 +144,8 @@ _FLOPS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
-if hasattr(_aten, "_grouped_mm"):
-    _FLOPS[_aten._grouped_mm] = _grouped_flops
+if _GROUPED:
+    _FLOPS[_GROUPED] = _grouped_flops
 
 
 @dataclass(frozen=True)
