@@ -28,7 +28,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from rmu.checkpoint import local_folder, stored_tensors
 from rmu.data import UnlearningCollator, check_tokenizer, load_tokenizer
-from rmu.window import decoder_layers, hidden_state
+from rmu.recording import decoder_layers, hidden_state
 
 COEFFICIENT_PER_NORM = 3.0
 SCALE = 5.0

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmu.recording import FrozenPass
 from rmu_kernels import adaptive_coefficient
+from rmu_kernels.reference import reduce_norms
 
 METHODS = ("rmu", "adaptive", "rsv")
 SCOPES = ("token", "sequence", "batch", "first_batch")
@@ -41,29 +43,39 @@ class SteeringCoefficient:
         self.method, self.values, self.scope, self.statistic = method, values, scope, statistic
         self.first: dict[int, Tensor] = {}
 
-    def loss_arguments(self, topic: int, frozen: Tensor, trained: Tensor, mask: Tensor) -> dict[str, Any]:
+    def wants(self, relative: bool) -> dict[str, bool]:
+        """What a frozen pass over forget text must give: ``hidden`` states, ``norms``, or nothing but the entry of the rerun."""
+        hidden = self.method == "rsv" or relative
+        return {
+            "hidden": hidden,
+            "norms": not hidden and self.method == "adaptive" and self.scope != "first_batch",
+        }
+
+    def loss_arguments(self, topic: int, frozen: FrozenPass, trained: Tensor, mask: Tensor) -> dict[str, Any]:
         """What ``rmu_kernels.rmu_loss`` needs to know of the target.
 
         Args:
             topic: index of the batch's topic.
-            frozen, trained: ``[B, T, D]`` forget states in the frozen model and in the model being trained.
+            frozen: the frozen pass over the forget text, with what :meth:`wants` asks for.
+            trained: ``[B, T, D]`` forget states in the model being trained.
             mask: ``[B, T]``, nonzero for counted tokens.
         """
         value = self.values[topic]
         if self.method == "rmu":
             return {"coefficient": value}
         if self.method == "rsv":
-            return {"frozen_forget": frozen, "forget_noise": value}
-        if self.scope == "token":
-            return {"frozen_forget": frozen, "scale": value}
+            return {"frozen_forget": frozen.hidden, "forget_noise": value}
+        if frozen.hidden is not None and self.scope == "token":
+            return {"frozen_forget": frozen.hidden, "scale": value}
         if self.scope != "first_batch":
-            return {"coefficient": self._over(self.scope, frozen, value, mask)}
+            assert frozen.norms is not None
+            # Of norms alone, so that a pass taken from a cache gives the same bits and need not hold the states.
+            return {"coefficient": value * reduce_norms(frozen.norms, mask, self.scope, self.statistic)}
         if topic not in self.first:
-            self.first[topic] = self._over("batch", trained.detach(), value, mask)
+            self.first[topic] = adaptive_coefficient(
+                trained.detach(), value, mask=mask, scope="batch", statistic=self.statistic
+            )
         return {"coefficient": self.first[topic]}
-
-    def _over(self, scope: str, hidden: Tensor, scale: float, mask: Tensor) -> Tensor:
-        return adaptive_coefficient(hidden, scale, mask=mask, scope=scope, statistic=self.statistic)
 
     def state(self) -> dict[str, float]:
         """First-batch values by topic, for a checkpoint."""

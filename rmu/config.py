@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from rmu import compat, optimizer
+from rmu.cache import CHOICES as CACHES
 from rmu.coefficient import METHODS, SCOPES, STATISTICS
 from rmu.directions import DISTRIBUTIONS
 
@@ -126,6 +127,25 @@ class RMUConfig(TrainingArguments):
     exclude_sink: bool = _setting(True, "Leave the first and every BOS position out of the losses and norms.")
     padding_side: str = _setting("right", "Pad on the right or left.")
     shuffle: bool = _setting(True, "Read the corpora in a random order (of data_seed, else seed).")
+    repeat_batches: bool = _setting(
+        False,
+        "Read a corpus that ends again in the same batches, not in a new order; cache then serves them.",
+    )
+    cache: str = _setting(
+        "none", "Keep frozen passes of batches that come again: none, memory or disk. Exact."
+    )
+    cache_size: float = _setting(4.0, "Gigabytes (1e9 bytes) that the cache may take; then no more is kept.")
+    cache_dir: str | None = _setting(None, "Folder of cache disk; runs and processes can share it.")
+    padding_free: bool = _setting(
+        False,
+        "Put the rows of a batch one after another, without pads (flash attention makes it pay; others mask).",
+    )
+    embeddings_on_cpu: bool = _setting(
+        False, "Keep the token embeddings in main memory; a batch's rows go to the device."
+    )
+    attn_implementation: str | None = _setting(
+        None, "Attention of the layers: eager, sdpa, flash_attention_2, ...; default: the model's."
+    )
     dtype: str = _setting(
         "auto", f"Dtype of the frozen layers: {', '.join(DTYPES)} (auto: the checkpoint's)."
     )
@@ -180,6 +200,7 @@ class RMUConfig(TrainingArguments):
             ("statistic", STATISTICS),
             ("direction_distribution", DISTRIBUTIONS),
             ("padding_side", ("right", "left")),
+            ("cache", CACHES),
             ("dtype", DTYPES),
             ("parameter_dtype", DTYPES),
             ("quantization", QUANTIZATIONS),
@@ -226,9 +247,17 @@ class RMUConfig(TrainingArguments):
                 raise ValueError(
                     f"{name}: the layers run in dtype, without autocast; set dtype and parameter_dtype instead"
                 )
-        if self.gradient_checkpointing:
+        if not (math.isfinite(self.cache_size) and self.cache_size > 0):
+            raise ValueError(f"cache_size: got {self.cache_size}, expected a finite number above 0")
+        if self.cache == "disk" and not self.cache_dir:
+            raise ValueError("cache_dir: not given, expected a folder for cache disk")
+        if self.cache != "disk" and self.cache_dir:
+            raise ValueError(f"cache_dir: got {self.cache_dir!r}, but cache is {self.cache}, not disk")
+        if self.padding_free and not self.exclude_padding:
+            raise ValueError("padding_free: got true, but exclude_padding is false: pads are to count")
+        if self.padding_free and self.method == "adaptive" and self.scope == "sequence":
             raise ValueError(
-                "gradient_checkpointing: not supported; only the trained layers keep activations anyway"
+                "padding_free: got true, but scope sequence needs rows that hold one sequence each"
             )
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps: got {self.max_steps}, expected at least 1, or -1 for one pass")

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rmu.cache import batch_digest
+from rmu.packing import pack_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -119,6 +121,8 @@ class UnlearningSchedule(torch.utils.data.Dataset):
         rows: forget rows (and retain rows) of one step.
         seed: seed of the orders.
         shuffle: read in a random order instead of the corpus's own.
+        repeat_batches: read a corpus that ends again in the same order, its last batch filled up from the start, so that the
+            same batches come again.
     """
 
     def __init__(
@@ -130,6 +134,7 @@ class UnlearningSchedule(torch.utils.data.Dataset):
         rows: int,
         seed: int = 42,
         shuffle: bool = True,
+        repeat_batches: bool = False,
     ) -> None:
         for name, corpora in (("forget", forget), ("retain", retain)):
             if not corpora:
@@ -139,6 +144,7 @@ class UnlearningSchedule(torch.utils.data.Dataset):
                     raise ValueError(f"{name}[{i}]: the corpus is empty")
         self.forget, self.retain = list(forget), list(retain)
         self.steps, self.rows, self.seed, self.shuffle = steps, rows, seed, shuffle
+        self.repeat_batches = repeat_batches
         self._orders: dict[tuple[str, int], tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -165,6 +171,8 @@ class UnlearningSchedule(torch.utils.data.Dataset):
 
     def _text(self, side: str, index: int, position: int) -> str:
         corpus = getattr(self, side)[index]
+        if self.repeat_batches:
+            position = position % (-(-len(corpus) // self.rows) * self.rows) % len(corpus)
         repeat, place = divmod(position, len(corpus))
         if self.shuffle:
             place = int(self._order(side, index, repeat, len(corpus))[place])
@@ -183,7 +191,8 @@ class UnlearningCollator:
     """Tokenises and pads one micro-batch: ``{"row": int, "topic": int, "forget": {...}, "retain": {...}}``.
 
     ``row`` is that of its first item in the schedule. Each side has ``input_ids``, ``attention_mask`` and ``loss_mask``, all
-    ``[B, T]`` int64; the last is 1 for tokens that count in the losses. Texts are cut on the right, whatever the tokenizer's own
+    ``[B, T]`` int64; the last is 1 for tokens that count in the losses; and a ``digest`` (str) of what the model reads. Texts
+    are cut on the right, whatever the tokenizer's own
     side is.
 
     Args:
@@ -195,6 +204,8 @@ class UnlearningCollator:
             token's (an attention sink), so they would dominate the loss and every mean norm.
         padding_side: ``right`` or ``left``.
         pad_id: the token to pad with; default: the tokenizer's pad token, else its eos token.
+        padding_free: put the sequences of a side one after another in a single row, ``[1, S]`` in place of ``[B, T]``, with
+            ``position_ids`` that start again at each in place of the ``attention_mask``.
     """
 
     def __init__(
@@ -207,6 +218,7 @@ class UnlearningCollator:
         exclude_sink: bool = True,
         padding_side: str = "right",
         pad_id: int | None = None,
+        padding_free: bool = False,
     ) -> None:
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side: got {padding_side!r}, expected left or right")
@@ -214,13 +226,14 @@ class UnlearningCollator:
         self.tokenizer.truncation_side = "right"
         self.forget_lengths, self.retain_length = list(forget_lengths), retain_length
         self.exclude_padding, self.exclude_sink = exclude_padding, exclude_sink
-        self.padding_side = padding_side
+        self.padding_side, self.padding_free = padding_side, padding_free
         choices = (pad_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-        self.pad_id = next((token for token in choices if token is not None), None)
-        if self.pad_id is None:
+        given = [token for token in choices if token is not None]
+        if not given:
             raise ValueError(
                 "tokenizer: it has neither a pad nor an eos token, expected one of them to pad with"
             )
+        self.pad_id: int = given[0]
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         topic = items[0]["topic"]
@@ -235,9 +248,11 @@ class UnlearningCollator:
             "retain": self.side([item["retain"] for item in items], self.retain_length),
         }
 
-    def side(self, texts: list[str], length: int) -> dict[str, Tensor]:
-        """One side's ``input_ids``, ``attention_mask`` and ``loss_mask``, of texts cut at ``length`` tokens."""
+    def side(self, texts: list[str], length: int) -> dict[str, Any]:
+        """One side's ``input_ids``, ``attention_mask``, ``loss_mask`` and ``digest``, of texts cut at ``length`` tokens."""
         rows = self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+        if self.padding_free and any(rows):
+            return self._packed(rows)
         width = max(1, max(len(row) for row in rows))
         input_ids = torch.full((len(rows), width), self.pad_id, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
@@ -254,7 +269,27 @@ class UnlearningCollator:
             if self.tokenizer.bos_token_id is not None:
                 # Where the pad or eos token is the bos token too, pads stay as exclude_padding says.
                 loss_mask[(input_ids == self.tokenizer.bos_token_id) & attention_mask.bool()] = 0
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "loss_mask": loss_mask,
+            "digest": batch_digest(input_ids, attention_mask),
+        }
+
+    def _packed(self, rows: list[list[int]]) -> dict[str, Any]:
+        input_ids, position_ids = pack_rows(rows)
+        loss_mask = torch.ones_like(input_ids)
+        if self.exclude_sink:
+            loss_mask[position_ids == 0] = 0
+            if self.tokenizer.bos_token_id is not None:
+                loss_mask[input_ids == self.tokenizer.bos_token_id] = 0
+        digest = batch_digest(input_ids, None, position_ids)
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "loss_mask": loss_mask,
+            "digest": digest,
+        }
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

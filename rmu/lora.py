@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from rmu.checkpoint import staged
-from rmu.window import FrozenPass, LayerWindow, hidden_state, load_layers
+from rmu.window import LayerWindow, load_layers
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
@@ -27,9 +27,9 @@ class LoRAWindow(LayerWindow):
     The adapters are PEFT's, put into the wrapped model's layers; the frozen model is the same model with them disabled.
 
     Args:
-        model, layer, trained_layers, trained_parameters, parameter_dtype: as for :class:`LayerWindow`; the selected tensors must
-            be weights of linear layers, and ``parameter_dtype`` is the adapters' (default: PEFT's choice, float32 for a model in
-            16 bits or fewer).
+        model, layer, trained_layers, trained_parameters, parameter_dtype, embeddings_on_cpu: as for :class:`LayerWindow`; the
+            selected tensors must be weights of linear layers, and ``parameter_dtype`` is the adapters' (default: PEFT's choice,
+            float32 for a model in 16 bits or fewer).
         rank: rank r of the adapters.
         alpha: their factor is ``alpha / rank``.
 
@@ -48,6 +48,7 @@ class LoRAWindow(LayerWindow):
         trained_layers: Sequence[int] | None = None,
         trained_parameters: str | None = None,
         parameter_dtype: torch.dtype | None = None,
+        embeddings_on_cpu: bool = False,
     ) -> None:
         self.rank, self.alpha = rank, alpha
         super().__init__(
@@ -56,6 +57,7 @@ class LoRAWindow(LayerWindow):
             trained_layers=trained_layers,
             trained_parameters=trained_parameters,
             parameter_dtype=parameter_dtype,
+            embeddings_on_cpu=embeddings_on_cpu,
         )
 
     @classmethod
@@ -63,7 +65,14 @@ class LoRAWindow(LayerWindow):
         cls, model: str, layer: int, *, dtype: torch.dtype | str = "auto", **arguments: Any
     ) -> LoRAWindow:
         """As :meth:`LayerWindow.from_pretrained`; ``arguments`` for loading and for the window together."""
-        own = ("rank", "alpha", "trained_layers", "trained_parameters", "parameter_dtype")
+        own = (
+            "rank",
+            "alpha",
+            "trained_layers",
+            "trained_parameters",
+            "parameter_dtype",
+            "embeddings_on_cpu",
+        )
         window = {name: arguments.pop(name) for name in own if name in arguments}
         return cls(load_layers(model, layer, dtype=dtype, **arguments), layer, **window)
 
@@ -83,7 +92,7 @@ class LoRAWindow(LayerWindow):
         # Whole paths, so that in the full model, too, PEFT finds these layers and no others.
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
             target_modules=[name.removeprefix(prefix).removesuffix(".weight") for name in tensors],
         )
         peft_model = PeftModel(self.model, config)
@@ -109,11 +118,8 @@ class LoRAWindow(LayerWindow):
             raise ValueError("model: expected the one that this window wraps, which has the adapters in it")
         yield
 
-    def _rerun(self, recorded: FrozenPass) -> Tensor:
-        hidden = recorded.entry
-        for layer, (args, kwargs) in zip(self._window, recorded.arguments, strict=True):
-            hidden = hidden_state(layer(hidden, *args, **kwargs))
-        return hidden
+    def _call_layer(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._window[i](*args, **kwargs)
 
     def save_adapter(self, output: Path, base_name: str, extra_files: Mapping[str, bytes]) -> None:
         """Write a folder that ``PeftModel.from_pretrained`` loads on the full model.
@@ -130,7 +136,7 @@ class LoRAWindow(LayerWindow):
         with staged(output) as folder:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in self.trained_tensors()}
             (folder / ADAPTER_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-            config.save_pretrained(folder)
+            config.save_pretrained(str(folder))
             for name, content in extra_files.items():
                 (folder / name).write_bytes(content)
 

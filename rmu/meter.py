@@ -171,6 +171,7 @@ def measure_step(
     *,
     accumulate: bool,
     fused_loss: bool,
+    frozen_forget: bool,
 ) -> StepCost:
     """A step of :meth:`rmu.RMUTrainer.compute_loss` and its backward pass on a window on the meta device.
 
@@ -178,13 +179,14 @@ def measure_step(
         window: the window; its gradients are left in place.
         rows: forget rows, and as many retain rows.
         accumulate: whether gradients of an earlier micro-batch are there.
+        frozen_forget: the coefficient needs the frozen model's states on forget text.
         fused_loss: the loss is the fused kernel, which keeps its gradients and nothing else; or the PyTorch twin.
     """
     with Meter() as meter:
         for _ in range(2 if accumulate else 1):
             before = meter.flops
             hidden, gradients, recorded = _forward(
-                window, rows, forget_length, retain_length, meter, fused_loss
+                window, rows, forget_length, retain_length, meter, fused_loss, frozen_forget
             )
             torch.autograd.backward(hidden, gradients)
             del hidden, gradients
@@ -192,14 +194,23 @@ def measure_step(
 
 
 def _forward(
-    window: LayerWindow, rows: int, forget_length: int, retain_length: int, meter: Meter, fused_loss: bool
+    window: LayerWindow,
+    rows: int,
+    forget_length: int,
+    retain_length: int,
+    meter: Meter,
+    fused_loss: bool,
+    frozen_forget: bool,
 ) -> tuple[list[Tensor], list[Tensor] | None, int]:
     """The tensors to differentiate, their gradients (of a loss: None), and the bytes that the frozen passes left."""
     before = meter.live
     masks = [
         torch.ones(rows, length, dtype=torch.long, device="meta") for length in (forget_length, retain_length)
     ]
-    frozen = [window.frozen(torch.zeros_like(mask), mask) for mask in masks]
+    frozen = [
+        window.frozen(torch.zeros_like(mask), mask, hidden=hidden)
+        for mask, hidden in zip(masks, (frozen_forget, True), strict=True)
+    ]
     recorded = meter.live - before
     forget, retain = window(*frozen)
     if fused_loss:
@@ -211,7 +222,8 @@ def _forward(
         frozen[1].hidden,
         torch.empty(window.hidden_size, device="meta"),
         frozen_forget=frozen[0].hidden,
-        scale=1.0,
+        scale=1.0 if frozen_forget else None,
+        coefficient=None if frozen_forget else 1.0,
         forget_mask=masks[0],
         retain_mask=masks[1],
         metrics=True,

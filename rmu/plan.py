@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 
 from rmu.calibrate import propose_layer
 from rmu.checkpoint import INDEX_FILE, SINGLE_FILE, stored_tensors
+from rmu.coefficient import SteeringCoefficient
 from rmu.config import AUTO, RMUConfig
 from rmu.meter import Meter, backward_flops, forward_flops, measure_step
 from rmu.trainer import RMUTrainer, make_window
@@ -103,9 +104,8 @@ def plan_run(
     check_layer(layer, layers)
     args = copy.copy(args)
     args.layer = layer
-    host_embeddings = getattr(args, "embeddings_on_cpu", False)
-    if host_embeddings:
-        args.embeddings_on_cpu = False  # here all is on the meta device
+    host_embeddings = args.embeddings_on_cpu
+    args.embeddings_on_cpu = False  # here all is on the meta device
     on_cpu = args.device.type == "cpu" if on_cpu is None else on_cpu
     dtype = _dtype(args.dtype, config)
     lengths = tuple(args.per_topic("forget_max_length", topics))
@@ -123,6 +123,7 @@ def plan_run(
 
     window = make_window(base.requires_grad_(False), args)  # LoRA changes the base
     trained = _size(window.trained)
+    wanted = SteeringCoefficient(args.method, [1.0], args.scope, args.statistic).wants(args.relative)
     costs = {
         length: measure_step(
             window,
@@ -131,6 +132,7 @@ def plan_run(
             retain_length,
             accumulate=args.gradient_accumulation_steps > 1,
             fused_loss=not on_cpu,
+            frozen_forget=any(wanted.values()),
         )
         for length in sorted(set(lengths))
     }

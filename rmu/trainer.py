@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from rmu import compat
 from rmu.auto import find_layer, find_target
 from rmu.base_fingerprint import base_fingerprint, check_base, edited_tensors
+from rmu.cache import make_store
 from rmu.checkpoint import local_folder, resolve_names, save_unlearned
 from rmu.coefficient import SteeringCoefficient
 from rmu.config import AUTO, RMUConfig
@@ -32,7 +33,9 @@ from rmu.lora import LoRAWindow, quantization_config
 from rmu.model_card import model_card
 from rmu.optimizer import NAME as ADAMW_RMU
 from rmu.optimizer import AdamWRMU
+from rmu.packing import check_packing
 from rmu.rounding import UpdateRounding
+from rmu.source import FrozenSource
 from rmu.window import LayerWindow
 from rmu_kernels import rmu_loss
 
@@ -91,6 +94,7 @@ class RMUTrainer(Trainer):
             rows=rows,
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.shuffle,
+            repeat_batches=args.repeat_batches,
         )
         if schedule.steps < 0:
             schedule.steps = args.max_steps = topics * max(math.ceil(len(corpus) / rows) for corpus in forget)
@@ -161,12 +165,24 @@ class RMUTrainer(Trainer):
                 exclude_sink=args.exclude_sink,
                 padding_side=args.padding_side,
                 pad_id=processing_class.eos_token_id if released else None,
+                padding_free=args.padding_free,
             ),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self.directions = self.directions.to(self.args.device)
+        if args.padding_free:
+            check_packing(self.window.to(self.args.device))
+        if args.torch_compile:
+            # A compiled rerun is one graph; short cuts in it would be graph breaks.
+            self.window.keeps_outputs = False
+        self.frozen = FrozenSource(
+            self.window,
+            make_store(args.cache, args.cache_size, args.cache_dir),
+            # The topics of a round read the same retain rows.
+            recent=args.gradient_accumulation_steps if topics > 1 else 0,
+        )
         self.rounding = None
         # Adapters are not rounded to the model's dtype.
         if torch.finfo(self.window.model.dtype).bits < 32 and not isinstance(self.window, LoRAWindow):
@@ -191,17 +207,15 @@ class RMUTrainer(Trainer):
     ) -> Any:
         """Forget loss plus alpha times retain loss of one batch (method of :class:`RMUConfig`)."""
         topic, forget, retain = inputs["topic"], inputs["forget"], inputs["retain"]
-        frozen_forget = self.window.frozen(forget["input_ids"], forget["attention_mask"])
-        frozen_retain = self.window.frozen(retain["input_ids"], retain["attention_mask"])
+        frozen_forget = self.frozen(forget, **self.coefficient.wants(self.args.relative))
+        frozen_retain = self.frozen(retain, hidden=True, repeats=True)
         forget_hidden, retain_hidden = model(frozen_forget, frozen_retain)
         rounds_as_released = self.args.compat == "released" and forget_hidden.dtype != torch.float32
         if rounds_as_released and self.args.method == "adaptive" and topic not in self.coefficient.first:
             self.coefficient.first[topic] = compat.low_precision_coefficient(
                 forget_hidden, self.coefficient.values[topic]
             )
-        target = self.coefficient.loss_arguments(
-            topic, frozen_forget.hidden, forget_hidden, forget["loss_mask"]
-        )
+        target = self.coefficient.loss_arguments(topic, frozen_forget, forget_hidden, forget["loss_mask"])
         output = rmu_loss(
             forget_hidden,
             retain_hidden,
@@ -321,6 +335,7 @@ class RMUTrainer(Trainer):
             "steps": self.state.global_step,
             "update_rounding": self.rounding.record() if self.rounding else None,
             "stopped_by": self.stopped_by,
+            "frozen_passes": {"computed": self.frozen.computed, "reused": self.frozen.found},
             "train_seconds": self._seconds,
             **environment(self.args.device),
             "history": steps,
@@ -366,6 +381,7 @@ def make_window(
         "trained_layers": args.trained_layers,
         "trained_parameters": args.trained_parameters,
         "parameter_dtype": None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype),
+        "embeddings_on_cpu": args.embeddings_on_cpu,
     }
     window: type[LayerWindow] = LayerWindow
     if args.lora_rank:
@@ -388,6 +404,8 @@ def noise_seed(seed: int, row: int) -> int:
 def load_arguments(args: RMUConfig, trust_remote_code: bool = False) -> dict[str, Any]:
     """The arguments of ``from_pretrained`` for the base model that the settings ask for."""
     arguments: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": trust_remote_code}
+    if args.attn_implementation:
+        arguments["attn_implementation"] = args.attn_implementation
     if args.quantization != "none":
         arguments["quantization_config"] = quantization_config(args.quantization, args.device)
         arguments["device_map"] = {"": args.device}

@@ -29,6 +29,10 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
     Raises:
         ValueError: bad input, named; nothing has been written then.
     """
+    if config.embeddings_on_cpu and arguments.evaluate_every:
+        raise ValueError(
+            "embeddings_on_cpu: got true, but evaluate_every needs the whole model on the device"
+        )
     if not config.output_dir:
         raise ValueError("output_dir: not given, expected a new or an empty folder")
     output = Path(config.output_dir)
@@ -154,6 +158,9 @@ def describe(trainer: RMUTrainer) -> str:
         f"trained tensors: {len(shapes)}, in {window.trained[0].dtype}",
         *(f"  {name} {shape}" for name, shape in shapes.items()),
     ]
+    if args.cache != "none":
+        place = f" in {args.cache_dir}" if args.cache_dir else ""
+        lines.append(f"cache of frozen passes: {args.cache}, at most {args.cache_size:g} GB{place}")
     if args.compat == "released":
         settings = {**released_settings(args.method), "forget_max_length": args.forget_max_length}
         lines.append("compat released: " + ", ".join(f"{name} {value}" for name, value in settings.items()))

@@ -10,45 +10,29 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+
+from rmu.embedding import HostEmbedding
+from rmu.recording import (
+    FrozenPass,
+    decoder_layers,
+    frozen_passes,
+    hidden_state,
+    outputs_before,
+    recorded_outputs,
+)
 
 # The matrix that writes the MLP's output into the residual stream, by the names decoder models give it.
 MLP_OUTPUT_PARAMETERS = r"\.(down_proj|c_proj|dense_4h_to_h|fc2)(\.weight)?$"
 _ATTENTION = re.compile(r"\.(attn|attention|self_attn|self_attention)\.")
-
-
-class _ReachedLayer(Exception):
-    """Raised by the hook on layer l to leave the forward pass there."""
-
-
-@dataclass
-class FrozenPass:
-    """What one frozen pass leaves behind.
-
-    Attributes:
-        hidden: ``[B, T, D]`` output of layer ``l`` with the original weights, detached.
-        entry: ``[B, T, D]`` input of layer ``k``, the lowest trained layer, detached.
-        arguments: one ``(args, kwargs)`` for each layer ``k..l``, without the hidden state.
-    """
-
-    hidden: Tensor
-    entry: Tensor
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-def decoder_layers(model: nn.Module, number: int) -> nn.ModuleList:
-    """The ``ModuleList`` of ``number`` decoder layers of a transformer (``model.layers``, ``transformer.h``, ...)."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == number:
-            return module
-    raise ValueError(f"model: {type(model).__name__} has no list of {number} decoder layers")
 
 
 def check_layer(layer: int, number: int) -> None:
@@ -104,6 +88,12 @@ class LayerWindow(nn.Module):
         trained_layers: layers whose tensors train, all <= ``layer``; default ``l-2, l-1, l``.
         trained_parameters: regular expression searched in the tensors' names; default: the MLP's output projection.
         parameter_dtype: dtype of the trained tensors, cast to the model's dtype when the layers run; default: the model's.
+        embeddings_on_cpu: put a :class:`rmu.embedding.HostEmbedding` in the place of the model's token embeddings, whose table
+            then stays in main memory.
+
+    Attributes:
+        keeps_outputs: whether :meth:`frozen` records what the rerun would compute again in layer ``k`` (at most its activations).
+        checkpointing: keep only the layers' inputs for the backward pass, and run each layer again there.
 
     Raises:
         ValueError: layer out of range, or no tensor selected (the message lists what exists).
@@ -117,9 +107,12 @@ class LayerWindow(nn.Module):
         trained_layers: Sequence[int] | None = None,
         trained_parameters: str | None = None,
         parameter_dtype: torch.dtype | None = None,
+        embeddings_on_cpu: bool = False,
     ) -> None:
         super().__init__()
-        self.model = model.base_model.requires_grad_(False).eval()
+        self.model: PreTrainedModel = model.base_model.requires_grad_(False).eval()  # type: ignore[assignment]
+        if embeddings_on_cpu and not isinstance(self.model.get_input_embeddings(), HostEmbedding):
+            self.model.set_input_embeddings(HostEmbedding(self.model.get_input_embeddings()))
         self.config = model.config
         self.layer = layer
         number = model.config.get_text_config().num_hidden_layers
@@ -139,7 +132,11 @@ class LayerWindow(nn.Module):
             i for i in trained_layers if any(n.startswith(by_layer[i]) for n in self.trained_names)
         )
         # Unregistered references: the layers are already submodules of self.model.
-        self._window = list(layers)[self.first_layer : layer + 1]
+        self._layers = list(layers)
+        self._window = self._layers[self.first_layer : layer + 1]
+        # What layer k computes before it comes to a trained tensor is the same in the rerun; it costs memory until then.
+        self.keeps_outputs = True
+        self.checkpointing = False
         self._local_names = [
             {
                 n.removeprefix(by_layer[i]): j
@@ -148,7 +145,14 @@ class LayerWindow(nn.Module):
             }
             for i in range(self.first_layer, layer + 1)
         ]
+        owners = {
+            name.removeprefix(prefix).rpartition(".")[0]
+            for name in self.trained_names
+            if name.startswith(by_layer[self.first_layer])
+        }
         self.trained = self._trainable({n: tensors[n] for n in self.trained_names}, parameter_dtype)
+        # After an adapter has taken a module's place.
+        self._trained_modules = [self.model.get_submodule(name) for name in sorted(owners)]
 
     def _trainable(self, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> nn.ParameterList:
         """The parameters to train for the selected tensors of the model."""
@@ -166,6 +170,7 @@ class LayerWindow(nn.Module):
         trained_layers: Sequence[int] | None = None,
         trained_parameters: str | None = None,
         parameter_dtype: torch.dtype | None = None,
+        embeddings_on_cpu: bool = False,
         **load_arguments: Any,
     ) -> LayerWindow:
         """Read only layers ``0..l`` of a model folder or hub id: no layer above them, no language-model head."""
@@ -175,7 +180,14 @@ class LayerWindow(nn.Module):
             trained_layers=trained_layers,
             trained_parameters=trained_parameters,
             parameter_dtype=parameter_dtype,
+            embeddings_on_cpu=embeddings_on_cpu,
         )
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """``transformers.Trainer`` calls this for the setting ``gradient_checkpointing``."""
+        self.checkpointing, self.keeps_outputs = True, False
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # the older name
 
     @property
     def hidden_size(self) -> int:
@@ -193,42 +205,29 @@ class LayerWindow(nn.Module):
         self.model.eval()
         return self
 
-    @torch.no_grad()
-    def frozen(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> FrozenPass:
+    def frozen(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        hidden: bool = True,
+    ) -> FrozenPass:
         """One pass through layers ``0..l`` with the original weights.
 
         Args:
-            input_ids: ``[B, T]`` int64.
-            attention_mask: ``[B, T]``, nonzero where there is a token; passed to the model as it is.
+            input_ids, attention_mask, position_ids: ``[B, T]``, as for :func:`rmu.recording.frozen_passes`.
+            hidden: whether the output of layer ``l`` is wanted; without it the trained layers do not run.
         """
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        states: dict[str, Tensor] = {}
-
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if args:
-                hidden, args = args[0], args[1:]
-            else:
-                kwargs = dict(kwargs)
-                hidden = kwargs.pop("hidden_states")
-            if not calls:
-                states["entry"] = hidden.detach()
-            calls.append((args, kwargs))
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            states["hidden"] = hidden_state(output).detach()
-            raise _ReachedLayer
-
-        handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self._window]
-        handles.append(self._window[-1].register_forward_hook(leave))
-        try:
-            with self.original():
-                self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        except _ReachedLayer:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return FrozenPass(hidden=states["hidden"], entry=states["entry"], arguments=calls)
+        windows = [(self.first_layer, self.layer)]
+        batch = (input_ids, attention_mask, position_ids)
+        with self.original():
+            if not (hidden and self.keeps_outputs):
+                return frozen_passes(self.model, self._layers, windows, *batch, hidden=hidden)[0]
+            with outputs_before(self._window[0], self._trained_modules) as outputs:
+                (recorded,) = frozen_passes(self.model, self._layers, windows, *batch)
+        recorded.outputs = outputs
+        return recorded
 
     def forward(self, *passes: FrozenPass) -> tuple[Tensor, ...]:
         """Rerun layers ``k..l`` with the trained tensors from each recorded entry: one ``[B, T, D]`` for each pass."""
@@ -236,18 +235,52 @@ class LayerWindow(nn.Module):
 
     def _rerun(self, recorded: FrozenPass) -> Tensor:
         hidden = recorded.entry
-        for layer, local_names, (args, kwargs) in zip(
-            self._window, self._local_names, recorded.arguments, strict=True
-        ):
-            dtypes = dict(layer.named_parameters()) if local_names else {}
-            tensors = {name: self.trained[j].to(dtypes[name].dtype) for name, j in local_names.items()}
-            hidden = hidden_state(functional_call(layer, tensors, (hidden, *args), kwargs))
+        for i in range(len(self._window)):
+            if self.checkpointing and torch.is_grad_enabled():
+                # The layers draw no random numbers: the model is in evaluation mode.
+                hidden = checkpoint(
+                    self._run_layer, i, hidden, recorded, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden = self._run_layer(i, hidden, recorded)
         return hidden
+
+    def _run_layer(self, i: int, hidden: Tensor, recorded: FrozenPass) -> Tensor:
+        """Layer ``k + i`` on a hidden state."""
+        layer, (args, kwargs) = self._window[i], recorded.arguments[i]
+        if not recorded.outputs or i > 0:
+            return hidden_state(self._call_layer(i, (hidden, *args), kwargs))
+        with recorded_outputs(layer, recorded.outputs):
+            return hidden_state(self._call_layer(i, (hidden, *args), kwargs))
+
+    def _call_layer(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layer, local_names = self._window[i], self._local_names[i]
+        # One cast a pass: sharing it would sum the gradients of the passes in the model's dtype.
+        tensors = {
+            name: self.trained[j].to(layer.get_parameter(name).dtype) for name, j in local_names.items()
+        }
+        return functional_call(layer, tensors, args, kwargs)
 
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """``(name, tensor)`` of every trained tensor, detached, by its name in the whole causal model."""
         for name, parameter in zip(self.trained_names, self.trained, strict=True):
             yield name, parameter.detach()
+
+    def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """``(name, tensor)`` of every parameter and buffer that a frozen pass can depend on: those of no layer above ``l``, and no
+        adapter's."""
+        left_out = set(map(id, self.trained))
+        for layer in self._layers[self.layer + 1 :]:
+            left_out.update(map(id, [*layer.parameters(), *layer.buffers()]))
+        modules: list[nn.Module] = [self.model]
+        embedding = self.model.get_input_embeddings()
+        if isinstance(embedding, HostEmbedding):
+            modules.append(embedding.embedding)
+        for name, tensor in chain.from_iterable(
+            chain(module.named_parameters(), module.named_buffers()) for module in modules
+        ):
+            if id(tensor) not in left_out:
+                yield name, tensor
 
     def original(self) -> AbstractContextManager[None]:
         """Within the block the wrapped model has its original weights; here it always has."""
@@ -314,11 +347,6 @@ def truncate_config(config: Any, number: int) -> None:
         if isinstance(value, list) and len(value) == full:
             setattr(config, name, value[:number])
     config.num_hidden_layers = number
-
-
-def hidden_state(output: Any) -> Tensor:
-    """A layer returns its hidden state alone, or (falcon, bloom) first in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager

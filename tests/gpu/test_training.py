@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from rmu import RMUConfig, RMUTrainer
+from rmu.packing import check_packing
+from rmu.window import LayerWindow
 from rmu_kernels import resolve_backend
 from tests.tiny import random_texts, tiny_model, word_tokenizer
 
@@ -11,17 +13,9 @@ pytestmark = pytest.mark.gpu
 
 
 def run(folder, use_cpu: bool, **settings) -> RMUTrainer:
-    args = RMUConfig(
-        output_dir=str(folder),
-        layer=2,
-        max_steps=10,
-        learning_rate=1e-3,
-        logging_steps=1,
-        use_cpu=use_cpu,
-        disable_tqdm=True,
-        seed=3,
-        **settings,
-    )
+    common = dict(output_dir=str(folder), layer=2, max_steps=10, learning_rate=1e-3, logging_steps=1)
+    common |= dict(use_cpu=use_cpu, disable_tqdm=True, seed=3)
+    args = RMUConfig(**{**common, **settings})
     topics = [random_texts(1), random_texts(2, words=(8, 30))]
     trainer = RMUTrainer(
         tiny_model(), args, forget=topics, retain=[random_texts(3)], processing_class=word_tokenizer()
@@ -46,3 +40,22 @@ def test_the_same_run_twice_gives_the_same_bits(tmp_path):
     first, second = run(tmp_path / "a", False), run(tmp_path / "b", False)
     for a, b in zip(first.window.trained, second.window.trained, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("settings", [{"method": "rmu"}, {"scope": "token"}, {"relative": True}], ids=str)
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_cache_gives_the_same_bits(tmp_path, settings, cache):
+    folder = str(tmp_path / "cache") if cache == "disk" else None
+    settings = {**settings, "repeat_batches": True, "max_steps": 24}
+    plain = run(tmp_path / "a", False, **settings)
+    cached = run(tmp_path / "b", False, cache=cache, cache_dir=folder, **settings)
+    assert cached.frozen.found > plain.frozen.found
+    for a, b in zip(plain.window.trained, cached.window.trained, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_packed_batches_under_flash_attention(tmp_path):
+    """In bf16, which flash attention needs: the hidden states of a pack are those of padded rows within its rounding."""
+    pytest.importorskip("flash_attn")
+    window = LayerWindow(tiny_model(attn_implementation="flash_attention_2").to("cuda", torch.bfloat16), 2)
+    check_packing(window)

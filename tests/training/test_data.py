@@ -132,3 +132,17 @@ def test_stub_tokenizers_are_refused():
     for vocabulary in (VOCABULARY - 1, 10 * VOCABULARY):
         with pytest.raises(ValueError, match="not this model's tokenizer"):
             check_tokenizer(word_tokenizer(), vocabulary)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_repeated_batches_are_the_same_ones_filled_up_from_the_start(shuffle):
+    texts, more = [f"t{i}" for i in range(5)], [f"r{i}" for i in range(3)]
+    schedule = UnlearningSchedule([texts], [more], steps=9, rows=2, shuffle=shuffle, repeat_batches=True)
+    rows = [schedule[j] for j in range(len(schedule))]
+    forget = [tuple(row["forget"] for row in rows[2 * i : 2 * i + 2]) for i in range(9)]
+    retain = [tuple(row["retain"] for row in rows[2 * i : 2 * i + 2]) for i in range(9)]
+    assert forget[:3] == forget[3:6] == forget[6:] and retain[:2] == retain[2:4] == retain[4:6]
+    assert [text for pair in forget[:3] for text in pair][5] == forget[0][0]
+    assert {text for pair in forget for text in pair} == set(texts)
+    if not shuffle:
+        assert forget[:3] == [("t0", "t1"), ("t2", "t3"), ("t4", "t0")]

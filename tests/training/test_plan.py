@@ -27,8 +27,13 @@ def test_flops_are_those_of_the_table_of_a_step():
     args = config(forget_max_length=[512, 768], retain_max_length=150)
     plan = plan_run(CONFIGS / "zephyr-7b.json", args, topics=2)
     assert plan.released_flops / 1e12 == pytest.approx(77.0, rel=0.01)
-    # The frozen forget pass, 2.6 to 3.4, is in it: 15.8 without.
     assert 15.8 < plan.flops / 1e12 < 20.0
+    fixed = plan_run(
+        CONFIGS / "zephyr-7b.json",
+        config(method="rmu", forget_max_length=[512, 768], retain_max_length=150),
+        topics=2,
+    )
+    assert fixed.flops / 1e12 == pytest.approx(15.8, rel=0.01)
     layer = 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336 + 2 * 4096
     assert plan.read_parameters == 8 * layer + 32000 * 4096 + 4096
     assert plan.model_parameters == 32 * layer + 2 * 32000 * 4096 + 4096
@@ -51,6 +56,9 @@ def test_a_70b_model_fits_24_gb():
     )
     assert sum(parts) == plan.device_peak
     assert "embeddings" in table(plan)
+    settings = config(per_device_train_batch_size=4, embeddings_on_cpu=True)
+    on_host = plan_run(CONFIGS / "llama-3-70b.json", settings, on_cpu=False)
+    assert on_host.host_embeddings and on_host.device_peak < 24e9
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))

@@ -213,7 +213,10 @@ def test_a_stub_tokenizer_is_refused(tmp_path):
         ("learning_rate", 0.0, "learning_rate: got 0.0"),
         ("forget_max_length", 1, "forget_max_length: got 1"),
         ("dtype", "int8", "dtype: got 'int8'"),
-        ("gradient_checkpointing", True, "gradient_checkpointing: not supported"),
+        ("cache", "ram", "cache: got 'ram', expected one of none, memory, disk"),
+        ("cache", "disk", "cache_dir: not given"),
+        ("cache_dir", "x", "cache_dir: got 'x', but cache is none"),
+        ("cache_size", 0, "cache_size: got 0, expected a finite number above 0"),
         ("bf16", True, "bf16: the layers run in dtype"),
     ],
 )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rmu.window import LayerWindow, decoder_layers
+from rmu.recording import decoder_layers, frozen_passes
+from rmu.window import LayerWindow
 from rmu_kernels import rmu_loss
 from tests.tiny import ARCHITECTURES, tiny_model
 
@@ -175,3 +176,70 @@ def test_trained_tensors_round_trip():
     assert all(torch.equal(a, b) for a, b in zip(window.trained, other.trained, strict=True))
     with pytest.raises(ValueError, match="tensors: got"):
         other.load_trained_tensors({})
+
+
+def count_calls(module):
+    calls = []
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: (calls.append(1), forward(*args, **kwargs))[1]
+    return calls
+
+
+def test_layers_that_nothing_is_wanted_of_do_not_run(saved):
+    model, folder, layer = saved
+    window = LayerWindow.from_pretrained(str(folder), layer, trained_layers=[layer - 1, layer])
+    ids, mask = batch()
+    expected = window.frozen(ids, mask)
+    calls = [count_calls(module) for module in decoder_layers(window.model, layer + 1)]
+    recorded = window.frozen(ids, mask, hidden=False)
+    assert [len(c) for c in calls] == [1] * (layer - 1) + [0, 0]
+    assert recorded.hidden is None and torch.equal(recorded.entry, expected.entry)
+    assert torch.equal(window(recorded)[0], expected.hidden)
+    assert [len(c) for c in calls] == [1] * (layer + 1)
+
+
+def test_the_rerun_takes_what_comes_before_the_first_trained_tensor_from_the_frozen_pass(saved):
+    """Changed tensors too: nothing that depends on them may be kept."""
+    model, folder, layer = saved
+    window = LayerWindow.from_pretrained(str(folder), layer)
+    with torch.no_grad():
+        for tensor in window.trained:
+            tensor.add_(0.05 * torch.randn(tensor.shape))
+    recorded = window.frozen(*batch())
+    window.keeps_outputs = False
+    (expected,) = window(window.frozen(*batch()))
+    assert recorded.outputs
+    calls = [count_calls(window._window[0].get_submodule(name)) for name in recorded.outputs]
+    (hidden,) = window(recorded)
+    assert torch.equal(hidden, expected) and not any(calls)
+    gradients = []
+    for states in (hidden, expected):
+        states.square().sum().backward()
+        gradients.append([p.grad.clone() for p in window.trained])
+        window.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_trained_module_that_is_not_called_keeps_nothing():
+    model = tiny_model()
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: torch.nn.functional.linear(
+        mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight
+    )
+    window = LayerWindow(model, 2)
+    assert window.frozen(*batch()).outputs == {}
+
+
+def test_one_pass_serves_several_windows(saved):
+    model, folder, layer = saved
+    window = LayerWindow.from_pretrained(str(folder), layer)
+    layers = decoder_layers(window.model, layer + 1)
+    windows = [(0, layer), (1, layer), (0, 1)]
+    for hidden in (True, False):
+        passes = frozen_passes(window.model, layers, windows, *batch(), hidden=hidden)
+        for (first, last), recorded in zip(windows, passes, strict=True):
+            alone = LayerWindow(window.model, last, trained_layers=range(first, last + 1)).frozen(*batch())
+            assert torch.equal(recorded.entry, alone.entry) and len(recorded.arguments) == last + 1 - first
+            if hidden:
+                assert torch.equal(recorded.hidden, alone.hidden)
+    assert passes[0].arguments[1] is passes[1].arguments[0]

@@ -1,0 +1,212 @@
+"""Frozen passes: what one forward pass of the original model leaves behind for layers that are run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Reached(Exception):
+    """Raised by a hook to leave the forward pass."""
+
+
+@dataclass
+class FrozenPass:
+    """What one frozen pass leaves behind for a window of layers ``k..l``.
+
+    Attributes:
+        entry: ``[B, T, D]`` input of layer ``k``, detached.
+        arguments: one ``(args, kwargs)`` for each layer ``k..l``, without the hidden state.
+        hidden: ``[B, T, D]`` output of layer ``l`` with the original weights, detached; None where it was not wanted.
+        norms: ``[B, T]`` fp32 L2 norms of the rows of ``hidden``, where they were asked for.
+        outputs: outputs of submodules of layer ``k``, by name, that ran before any trained tensor was used, so that a rerun
+            gives the same; may be empty.
+    """
+
+    entry: Tensor
+    arguments: list[Arguments]
+    hidden: Tensor | None = None
+    norms: Tensor | None = None
+    outputs: dict[str, Any] = field(default_factory=dict)
+
+
+def decoder_layers(model: nn.Module, number: int) -> nn.ModuleList:
+    """The ``ModuleList`` of ``number`` decoder layers of a transformer (``model.layers``, ``transformer.h``, ...)."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return module
+    raise ValueError(f"model: {type(model).__name__} has no list of {number} decoder layers")
+
+
+def hidden_state(output: Any) -> Tensor:
+    """A layer returns its hidden state alone, or (falcon, bloom) first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def frozen_passes(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    windows: Sequence[tuple[int, int]],
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    hidden: bool = True,
+) -> list[FrozenPass]:
+    """One forward pass that serves several windows of layers.
+
+    The pass ends at the highest layer that anything is wanted of. States and arguments that windows have in common are the same
+    tensors, and nothing is copied.
+
+    Args:
+        model: a base model without language-model head.
+        layers: its decoder layers (:func:`decoder_layers`).
+        windows: ``(k, l)`` pairs, ``0 <= k <= l < len(layers)``: which :class:`FrozenPass` to give, in this order.
+        input_ids: ``[B, T]`` int64.
+        attention_mask: ``[B, T]``, nonzero where there is a token; passed to the model as it is.
+        position_ids: ``[B, T]``; default: the model's own. Rows in which they start again hold several sequences.
+        hidden: whether the outputs of the layers ``l`` are wanted. Without them layers from the highest ``k`` on do not run.
+    """
+    entered, left = {first for first, _ in windows}, {last for _, last in windows}
+    called = {i for first, last in windows for i in range(first, last + 1)}
+    # Above the highest entry nothing is computed; a layer that returns a tuple needs an example of one from below.
+    first_skipped = max(entered) if not hidden and max(entered) > 0 else max(left) + 1
+    entries: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+    arguments: dict[int, Arguments] = {}
+    tail: list[tuple[Any, ...] | None] = [None]
+
+    def before(i: int) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if args:
+                state, args = args[0], args[1:]
+            else:
+                kwargs = dict(kwargs)
+                state = kwargs.pop("hidden_states")
+            if i in called:
+                arguments[i] = (args, kwargs)
+            if i in entered:
+                entries[i] = state.detach()
+            if i == max(left) and i >= first_skipped:
+                raise _Reached
+
+        return record
+
+    def after(i: int) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            tail[0] = output[1:] if isinstance(output, tuple) else None
+            if i in left and i < first_skipped:
+                outputs[i] = hidden_state(output).detach()
+            if i == max(left):
+                raise _Reached
+
+        return record
+
+    def skip(*args: Any, **kwargs: Any) -> Any:
+        state = args[0] if args else kwargs["hidden_states"]
+        return state if tail[0] is None else (state, *tail[0])
+
+    end = max(left) + 1
+    watched = range(min(called | {max(0, first_skipped - 1)}), end)
+    handles = [layers[i].register_forward_pre_hook(before(i), with_kwargs=True) for i in watched]
+    handles += [layers[i].register_forward_hook(after(i)) for i in watched]
+    optional = {} if position_ids is None else {"position_ids": position_ids}
+    try:
+        with replaced_forward([(layers[i], skip) for i in range(first_skipped, end)]):
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **optional)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        FrozenPass(
+            entry=entries[first],
+            arguments=[arguments[i] for i in range(first, last + 1)],
+            hidden=outputs.get(last),
+        )
+        for first, last in windows
+    ]
+
+
+@contextmanager
+def replaced_forward(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Within the block each module's ``forward`` is another function."""
+    kept = [(module, module.__dict__.get("forward")) for module, _ in forwards]
+    try:
+        for module, forward in forwards:
+            module.forward = forward  # type: ignore[method-assign]
+        yield
+    finally:
+        for module, own in kept:
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = own  # type: ignore[method-assign]
+
+
+@contextmanager
+def outputs_before(layer: nn.Module, trained: Sequence[nn.Module]) -> Iterator[dict[str, Any]]:
+    """Outputs of the submodules of ``layer`` that are called, and return, before any module of ``trained`` is called.
+
+    The dictionary fills while the layer runs in the block. Of modules in one another it has the outermost; modules that are called
+    more than once are left out. It is empty at the end when a module of ``trained`` was not called: its tensors are used in some
+    other way, at an unknown time.
+    """
+    outputs: dict[str, Any] = {}
+    calls: dict[str, int] = {}
+    started: set[int] = set()
+    handles = []
+
+    def start(module: nn.Module, args: Any) -> None:
+        started.add(id(module))
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            if calls[name] > 1:
+                outputs.pop(name, None)
+
+        return hook
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if started or calls[name] > 1:
+                return
+            for inner in [other for other in outputs if other.startswith(name + ".")]:
+                del outputs[inner]
+            outputs[name] = output
+
+        return hook
+
+    owners = set(map(id, trained))
+    for name, module in layer.named_modules():
+        if id(module) in owners:
+            handles.append(module.register_forward_pre_hook(start))
+        elif name and not any(id(inner) in owners for inner in module.modules()):
+            handles.append(module.register_forward_pre_hook(count(name)))
+            handles.append(module.register_forward_hook(keep(name)))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+        if started != owners:
+            outputs.clear()
+
+
+def recorded_outputs(layer: nn.Module, outputs: Mapping[str, Any]) -> Any:
+    """Within the block the named submodules of ``layer`` return what is recorded instead of running."""
+
+    def give(output: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: output
+
+    return replaced_forward([(layer.get_submodule(name), give(output)) for name, output in outputs.items()])
