@@ -7,7 +7,7 @@ ifeq ($(PYTHON),.venv/bin/python)
 ENV = .venv/.installed
 endif
 
-.PHONY: demo test lint aot gpu
+.PHONY: demo test lint aot gpu bench bench-compare figures
 .venv/.installed: pyproject.toml
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip
@@ -30,5 +30,13 @@ aot: $(ENV)
 	$(PYTHON) -m rmu_kernels.aot $(ARGS)
 
 gpu: $(ENV)
-	$(PYTHON) -m pytest -m gpu tests/kernels tests/gpu $(ARGS)
-	for benchmark in $(wildcard benchmarks/bench_*.py); do $(PYTHON) $$benchmark || exit 1; done
+	$(PYTHON) -m benchmarks.run --gpu $(ARGS)
+
+bench: $(ENV)
+	$(PYTHON) -m benchmarks.run $(ARGS)
+
+bench-compare: $(ENV)
+	$(PYTHON) -m benchmarks.compare $(REF) $(ARGS)
+
+figures: $(ENV)
+	$(PYTHON) -m benchmarks.plot

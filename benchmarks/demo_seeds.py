@@ -1,13 +1,12 @@
 """Run the demo with several seeds and append what it measured to ``results/demo.csv``.
 
-python benchmarks/demo_seeds.py --seeds 0 1 2
+python -m benchmarks.demo_seeds --seeds 0 1 2
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import subprocess
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from benchmarks.results import revision
 from rmu.demo.run import run_demo
 
 RESULTS = Path(__file__).parent / "results" / "demo.csv"
@@ -32,27 +32,20 @@ def main() -> None:
     parser.add_argument("--model", help="model folder or hub id (default: the demo's)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments, overrides = parser.parse_known_args()
-    revision = git("rev-parse", "--short", "HEAD") + (
-        "-dirty" if git("status", "--porcelain", "rmu", "rmu_kernels") else ""
-    )
+    measured = revision(("rmu", "rmu_kernels"))
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder:
             results, _ = run_demo(
                 Path(folder) / "demo", model=arguments.model, overrides=["--seed", str(seed), *overrides]
             )
-        append(arguments.output, rows(results, seed, revision))
+        append(arguments.output, rows(results, seed, measured))
 
 
-def git(*arguments: str) -> str:
-    """What a git command prints."""
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def rows(results: dict, seed: int, revision: str) -> list[dict]:
+def rows(results: dict, seed: int, measured: str) -> list[dict]:
     """A row for each task and domain."""
     common = {
         "date": date.today().isoformat(),
-        "revision": revision,
+        "revision": measured,
         "machine": results["machine"],
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -1,128 +1,47 @@
-"""Draw the README's tables and figures from ``results/*.csv``.
+"""Draw the tables and figures of the README, of docs/performance.md and of docs/kernels.md from ``results/*.csv``.
 
-python benchmarks/plot.py
+python -m benchmarks.plot
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import pandas as pd
 
-from rmu.verdict import CHANCE_ERRORS, PERPLEXITY_RATIO, RETAIN_POINTS, mean, pool
+from benchmarks import plot_demo, plot_kernels, plot_steps
+from benchmarks.results import FOLDER, ROOT
+from benchmarks.tables import Results, replace_between
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-CHANCE = 0.25
-
-
-def main() -> None:
-    demo = latest(pd.read_csv(RESULTS / "demo.csv"))
-    replace_between(ROOT / "README.md", "demo", demo_table(demo))
-    demo_figure(demo, ROOT / "docs" / "demo.png")
+PERFORMANCE, KERNELS = (Path("docs") / name for name in ("performance.md", "kernels.md"))
 
 
-def latest(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the last revision measured: the file is append-only."""
-    rows = rows[rows.revision == rows.revision.iloc[-1]]
-    return rows.drop_duplicates(["seed", "task", "domain"], keep="last")
-
-
-def pooled(rows: pd.DataFrame, keys: list[str], column: str) -> pd.Series:
-    """Accuracy over all questions of each group."""
-    return (rows[column] * rows.n).groupby([rows[k] for k in keys]).sum() / rows.n.groupby(
-        [rows[k] for k in keys]
-    ).sum()
-
-
-def demo_table(rows: pd.DataFrame) -> str:
-    """Mean over seeds; +- the standard deviation over seeds."""
-    lines = ["| | before | after |", "|---|---|---|"]
-    for side in ("forget", "retain"):
-        of_side = rows[rows.side == side]
-        for task in [*of_side.task.unique(), None]:
-            part = of_side if task is None else of_side[of_side.task == task]
-            before, after = (pooled(part, ["seed"], column) for column in ("before", "after"))
-            questions = int(part[part.seed == part.seed.iloc[0]].n.sum())
-            template = "all templates" if task is None else f"template *{task.removeprefix('rmu_demo_')}*"
-            name = f"{side} accuracy, {template} ({questions} questions)"
-            values = [f"{100 * before.mean():.1f} %", f"{100 * after.mean():.1f} ± {100 * after.std():.1f} %"]
-            if task is None:
-                name, values = f"**{name}**", [f"**{value}**" for value in values]
-            lines.append(f"| {name} | {values[0]} | {values[1]} |")
-    runs = rows.drop_duplicates("seed")
-    lines.append(
-        f"| perplexity of held-out prose | {runs.perplexity_before.mean():.1f} | "
-        f"{runs.perplexity_after.mean():.1f} ± {runs.perplexity_after.std():.1f} |"
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    met = goals_met(rows)
-    first = rows.iloc[0]
-    lines += [
-        "",
-        f"Mean ± standard deviation of {len(runs)} seeds; chance is {100 * CHANCE:.0f} %. Forget accuracy (mean of the templates) "
-        f"within 2 standard errors of chance: {met[0]} of {len(runs)} seeds; retain accuracy down by at most 2 points: {met[1]} of "
-        f"{len(runs)}; perplexity up by less than 30 %: {met[2]} of {len(runs)}. Training took "
-        f"{runs.train_seconds.min():.0f} to {runs.train_seconds.max():.0f} s and "
-        f"{runs.peak_memory_bytes.max() / 1e9:.2f} GB at most on {first.machine} (torch {first.torch}, transformers "
-        f"{first.transformers}, revision {first.revision}, {first.date}).",
-    ]
-    return "\n".join(lines)
-
-
-def goals_met(rows: pd.DataFrame) -> tuple[int, int, int]:
-    """How many seeds reach each of the demo's goals, judged as the demo's own report does (``rmu.verdict``)."""
-    met = [0, 0, 0]
-    for _, run in rows.groupby("seed"):
-        scores = {}
-        for side, of_side in run.groupby("side"):
-            for column in ("before", "after"):
-                parts = of_side.assign(
-                    accuracy=of_side[column],
-                    stderr=(of_side[column] * (1 - of_side[column]) / (of_side.n - 1)) ** 0.5,
-                ).groupby("task")
-                scores[side, column] = mean([pool(part.to_dict("records")) for _, part in parts])
-        forget, before, after = (
-            scores["forget", "after"],
-            scores["retain", "before"],
-            scores["retain", "after"],
-        )
-        met[0] += abs(forget.accuracy - CHANCE) <= CHANCE_ERRORS * forget.stderr
-        met[1] += 100 * (before.accuracy - after.accuracy) <= RETAIN_POINTS
-        met[2] += bool(run.perplexity_after.iloc[0] < PERPLEXITY_RATIO * run.perplexity_before.iloc[0])
-    return met[0], met[1], met[2]
-
-
-def demo_figure(rows: pd.DataFrame, path: Path) -> None:
-    """Accuracy of each domain before and after, over all templates; a dot is a seed."""
-    order = rows.drop_duplicates(["side", "domain"]).sort_values(["side", "domain"])
-    labels = [f"{row.domain}\n({row.side})" for row in order.itertuples()]
-    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    for column, colour, shift in (("before", "#4477AA", -0.2), ("after", "#EE6677", 0.2)):
-        values = pooled(rows, ["domain", "seed"], column).unstack()
-        means = [values.loc[domain].mean() for domain in order.domain]
-        axes.bar([i + shift for i in range(len(means))], means, 0.38, color=colour, label=column)
-        for i, domain in enumerate(order.domain):
-            axes.plot([i + shift] * values.shape[1], values.loc[domain], ".", color="black", markersize=4)
-    axes.axhline(CHANCE, color="black", linestyle="--", linewidth=1, label="chance")
-    axes.set_xticks(range(len(labels)), labels, fontsize=8)
-    axes.set_ylabel("accuracy (fraction of questions)")
-    axes.set_ylim(0, 1)
-    axes.legend(ncols=3, frameon=False, loc="upper left")
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
-def replace_between(path: Path, name: str, text: str) -> None:
-    """Put ``text`` between ``<!-- name -->`` and ``<!-- /name -->``."""
-    opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, rest = path.read_text().split(opening, 1)
-    path.write_text(f"{before}{opening}\n{text}\n{closing}{rest.split(closing, 1)[1]}")
+    options.add_argument("--results", type=Path, default=FOLDER, help="folder of the CSV files")
+    options.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
+    chosen = options.parse_args(arguments)
+    root = chosen.root
+    if (chosen.results / "demo.csv").is_file():
+        demo = plot_demo.latest(pd.read_csv(chosen.results / "demo.csv"))
+        replace_between(root / "README.md", "demo", plot_demo.demo_table(demo))
+        plot_demo.demo_figure(demo, root / "docs" / "demo.png")
+    results = Results(chosen.results)
+    for name, text in {
+        **plot_kernels.blocks(results),
+        **plot_steps.blocks(results, root / "docs"),
+    }.items():
+        replace_between(root / PERFORMANCE, name, text)
+    replace_between(root / KERNELS, "registers", plot_kernels.register_table(results))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -9,6 +9,7 @@ is refused at the start.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -54,6 +55,7 @@ class LoopRecord:
     forget: list[float] = field(default_factory=list)
     retain: list[float] = field(default_factory=list)
     verbose: list[dict[str, float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # wall time
 
 
 class OldAdamW:
@@ -133,6 +135,7 @@ def released_loop(
         ).to(device)
 
     for step in range(settings.steps):
+        started = time.perf_counter()
         topic, position = step % len(forget), step // len(forget)
         length = settings.forget_lengths[min(topic, len(settings.forget_lengths) - 1)]
         forget_inputs = encode(forget_batches[topic][position], length)
@@ -171,6 +174,7 @@ def released_loop(
             }
             record.verbose.append(cosines)
             print(f"step {step}, topic {topic}: loss {loss.item():.4g}, {cosines}")
+        record.seconds.append(time.perf_counter() - started)
     return record
 
 

@@ -20,7 +20,7 @@ _COMMON = {
 }  # fmt: skip
 
 
-class _UnlearnParser(HfArgumentParser):
+class _SettingsParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} ({self.prog} --help lists the arguments)")
 
@@ -50,31 +50,42 @@ def _or_auto(convert: type) -> Callable[[str], Any]:
 _TYPES = {"layer": _or_auto(int), "coefficient": _or_auto(float), "scale": _or_auto(float)}
 
 
-_DESCRIPTIONS = {
-    "unlearn": "Make a model forget. Only layers 0..l are loaded; the result is the original checkpoint with exactly "
-    "the trained tensors changed.",
-    "plan": "What a run with these arguments will read, train and keep: parameters, bytes, FLOPs a step. Only the model's "
-    "config is read; the corpora are counted, not opened.",
-}
-_USAGES = {
-    "unlearn": "rmu unlearn [--config PRESET_OR_YAML] --model M --forget F [F ...] --retain R [R ...] --output_dir O",
-    "plan": "rmu plan [--config PRESET_OR_YAML] --model M [arguments of rmu unlearn]",
-}
-
-
-def unlearn_parser(full_help: bool = False, command: str = "unlearn") -> HfArgumentParser:
-    """The parser of ``rmu unlearn``, or of ``plan``, which needs no corpora.
-
-    ``full_help`` shows the flags of ``TrainingArguments`` too that ``--help`` leaves out.
-    """
-    parser = _UnlearnParser(
+def unlearn_parser(full_help: bool = False) -> HfArgumentParser:
+    """The parser of ``rmu unlearn``; see :func:`settings_parser`."""
+    return settings_parser(
         (UnlearningArguments, RMUConfig),
-        prog=f"rmu {command}",
-        usage=_USAGES[command],
-        description=_DESCRIPTIONS[command],
+        full_help,
+        prog="rmu unlearn",
+        usage="rmu unlearn [--config PRESET_OR_YAML] --model M --forget F [F ...] --retain R [R ...] --output_dir O",
+        description="Make a model forget. Only layers 0..l are loaded; the result is the original checkpoint with exactly "
+        "the trained tensors changed.",
+    )
+
+
+def plan_parser(full_help: bool = False) -> HfArgumentParser:
+    """The parser of ``rmu plan``: that of ``rmu unlearn``, without corpora too."""
+    parser = settings_parser(
+        (UnlearningArguments, RMUConfig),
+        full_help,
+        prog="rmu plan",
+        usage="rmu plan [--config PRESET_OR_YAML] --model M [arguments of rmu unlearn]",
+        description="What a run with these arguments will read, train and keep: parameters, bytes, FLOPs a step. Only the model's "
+        "config is read; the corpora are counted, not opened.",
+    )
+    for action in parser._actions:
+        if action.dest in ("forget", "retain"):
+            action.required, action.default = False, []
+    return parser
+
+
+def settings_parser(types: tuple[type, ...], full_help: bool, **texts: str) -> HfArgumentParser:
+    """A parser of dataclasses; ``full_help`` shows the flags of ``TrainingArguments`` too that ``--help`` leaves out."""
+    parser = _SettingsParser(
+        types,
         epilog="Every other flag of transformers.TrainingArguments works too: --help_all lists them.",
         formatter_class=argparse.HelpFormatter,
         allow_abbrev=False,
+        **texts,
     )
     parser.add_argument(
         "--config", metavar="PRESET_OR_YAML", help="Settings from a preset or a YAML file; flags win."
@@ -82,8 +93,6 @@ def unlearn_parser(full_help: bool = False, command: str = "unlearn") -> HfArgum
     parser.add_argument("--help_all", action=_HelpAll, help="Show every flag.")
     for action in parser._actions:
         action.type = _TYPES.get(action.dest, action.type)
-        if command == "plan" and action.dest in ("forget", "retain"):
-            action.required, action.default = False, []
     if not full_help:
         inherited = {f.name for f in fields(TrainingArguments)} - _COMMON
         for action in parser._actions:

@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": "what such a run will read, train and keep, from the model's config alone",
     "calibrate": "measure a model's natural norms on the text to forget, and propose layer, c and beta",
     "eval": "measure a model: accuracy on lm-evaluation-harness tasks, perplexity",
+    "sweep": "compare methods, layers and coefficients in many runs, and pick the best",
     "demo": "unlearn a small real model and report what happened",
     "merge": "a model from its original and the tensors that training left",
     "diff": "which tensors of two checkpoints differ, and by how much",

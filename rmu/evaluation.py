@@ -58,7 +58,7 @@ def evaluate_tasks(
         raise ValueError("tasks is empty: name at least one task of lm-evaluation-harness.")
     manager = _task_manager(tasks, include_path)
     was_training = model.training
-    with _quiet("lm_eval.models.huggingface"):
+    with quiet("lm_eval.models.huggingface"):
         # bfloat16 log-likelihoods have about three digits: options would tie.
         harness_model = HFLM(
             pretrained=model,
@@ -68,7 +68,7 @@ def evaluate_tasks(
             softmax_dtype="float32",
         )
     try:
-        with _quiet("lm_eval.api.task"), _random_state_kept():
+        with quiet("lm_eval.api.task"), random_state_kept():
             results = simple_evaluate(
                 harness_model,
                 tasks=tasks,
@@ -79,11 +79,11 @@ def evaluate_tasks(
             )
     finally:
         model.train(was_training)
-    return _rows(tasks, results)
+    return accuracy_rows(tasks, results)
 
 
 @contextmanager
-def _quiet(logger_name: str) -> Iterator[None]:
+def quiet(logger_name: str) -> Iterator[None]:
     """Hide the harness's warnings on how it was called: an in-memory model, a task with its own loader."""
     logger = logging.getLogger(logger_name)
     level = logger.level
@@ -95,7 +95,7 @@ def _quiet(logger_name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
     """The harness seeds every global generator; what is drawn after a measurement must not depend on it."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -104,6 +104,20 @@ def _random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+def load_tasks(tasks: list[str], include_path: str | Path | None) -> Any:
+    """The tasks and groups as `lm_eval.evaluator.evaluate` takes them, without examples unless a task has its own number.
+
+    Raises:
+        ValueError: no such folder or task.
+    """
+    loaded = _task_manager(tasks, include_path).load(tasks)
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)  # that of `simple_evaluate`
+    return loaded
 
 
 def _task_manager(tasks: list[str], include_path: str | Path | None):
@@ -123,7 +137,7 @@ def _task_manager(tasks: list[str], include_path: str | Path | None):
     return manager
 
 
-def _rows(tasks: list[str], results: dict[str, Any]) -> list[dict[str, Any]]:
+def accuracy_rows(tasks: list[str], results: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     samples, reported = results["samples"], results["results"]
     # A tag is no task of its own: its members are reported instead.

@@ -61,15 +61,24 @@ def read_settings(source: str, known: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def parse_unlearn(argv: Sequence[str], command: str = "unlearn") -> tuple[Any, Any]:
-    """``(UnlearningArguments, RMUConfig)`` from flags and ``--config``; flags win. ``plan`` takes the same, without corpora too.
+def parse_unlearn(argv: Sequence[str]) -> tuple[Any, Any]:
+    """``(UnlearningArguments, RMUConfig)`` from flags and ``--config``; flags win.
 
     Raises:
         ValueError: an unknown or malformed argument, or a required one missing.
     """
     from rmu.arguments import unlearn_parser
 
-    parser = unlearn_parser("--help_all" in argv, command)
+    arguments, settings = parse_settings(unlearn_parser(full_help="--help_all" in argv), argv)
+    return arguments, settings
+
+
+def parse_settings(parser: Any, argv: Sequence[str]) -> list[Any]:
+    """The dataclasses of a parser (``rmu.arguments.settings_parser``) from flags and ``--config``; flags win.
+
+    Raises:
+        ValueError: an unknown or malformed argument, or a required one missing.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     config, rest = first.parse_known_args(list(argv))
@@ -82,12 +91,12 @@ def parse_unlearn(argv: Sequence[str], command: str = "unlearn") -> tuple[Any, A
             if action.dest in settings:
                 action.required = False
                 action.default = _convert(action, settings[action.dest])
-    # The third is the namespace of --config, read above.
-    arguments, settings, _, unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
+    # The last but one is the namespace of --config, read above.
+    *found, _, unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         raise ValueError(f"unknown argument {unknown[0]}{nearest(unknown[0], flags)}")
-    return arguments, settings
+    return found
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:

@@ -44,6 +44,10 @@ STATE_FILE = "rmu_state.json"
 RUN_FILE = "rmu_run.json"
 
 
+class NonFiniteLossError(ValueError):
+    """A logged loss is infinite or not a number."""
+
+
 class RMUTrainer(Trainer):
     """Unlearn with RMU or Adaptive RMU.
 
@@ -262,7 +266,7 @@ class RMUTrainer(Trainer):
                 logs[name] = torch.stack(values).mean().item()
             self._measured.clear()
             if not all(math.isfinite(logs[name]) for name in ("forget_loss", "retain_loss")):
-                raise ValueError(
+                raise NonFiniteLossError(
                     f"loss: not finite by step {self.state.global_step} (forget {logs['forget_loss']}, retain "
                     f"{logs['retain_loss']}); nothing was saved. A lower learning_rate or float32 may help"
                 )

@@ -26,24 +26,27 @@ SEED = 20240806
 
 @dataclass(frozen=True)
 class Domain:
-    """A WordNet lexicographer file: its number (lexnames(5WN)), what its words name, and questions asked."""
+    """A WordNet lexicographer file: its number (lexnames(5WN)), what its words name, and how many questions are
+    asked in the test and in the validation."""
 
     name: str
     number: int
     side: str
     kind: str
     questions: int
+    validation: int
 
 
+# Of plants the test questions leave few common ones.
 DOMAINS = [
-    Domain("animal", 5, "forget", "animal", 100),
-    Domain("plant", 20, "forget", "plant", 80),
-    Domain("artifact", 6, "retain", "object", 50),
-    Domain("body", 8, "retain", "part of the body", 50),
-    Domain("food", 13, "retain", "food", 50),
-    Domain("substance", 27, "retain", "substance", 50),
-    Domain("person", 18, "retain", "person", 50),
-    Domain("place", 15, "retain", "place", 50),
+    Domain("animal", 5, "forget", "animal", 100, 80),
+    Domain("plant", 20, "forget", "plant", 80, 20),
+    Domain("artifact", 6, "retain", "object", 50, 20),
+    Domain("body", 8, "retain", "part of the body", 50, 20),
+    Domain("food", 13, "retain", "food", 50, 20),
+    Domain("substance", 27, "retain", "substance", 50, 20),
+    Domain("person", 18, "retain", "person", 50, 20),
+    Domain("place", 15, "retain", "place", 50, 20),
 ]
 # None of these may hold a phrase of rmu/demo/tasks/*.yaml, or a change of wording would pass for forgetting.
 # {w} word, {g} gloss, {W}/{G} the same with a capital, {kind} what the domain's words name.
@@ -156,52 +159,116 @@ def ancestors(synset: Synset, by_offset: dict[str, Synset]) -> set[str]:
 
 def make_questions(synsets: list[Synset], rng: random.Random) -> list[dict]:
     """Cloze questions on the most frequently tagged synsets; options are other such words of the domain."""
-    by_offset = {synset.offset: synset for synset in synsets}
     questions, words = [], set()
     for domain in DOMAINS:
-        pattern = r"[A-Z][A-Za-z. ]+" if domain.name == "place" else r"[a-z][a-z ]+"
         pool = []
         for synset in sorted(synsets, key=lambda s: (not s.first_sense, -s.count, s.offset)):
             word, gloss = synset.lemmas[0], synset.gloss
             if (
                 synset.domain is domain
                 and synset.count > 0
-                and re.fullmatch(pattern, word)
+                and re.fullmatch(word_pattern(domain), word)
                 and word.lower() not in words
                 and 4 <= len(gloss.split()) <= 20
                 and not COARSE.search(gloss)
                 and not gives_away(gloss, word)
                 and len(pool) < domain.questions
             ):
-                pool.append(synset)
+                pool.append((synset, word))
                 words.add(word.lower())
-        lineage = {synset.offset: ancestors(synset, by_offset) | {synset.offset} for synset in pool}
-        for synset in pool:
-            others = [
-                other
-                for other in pool
-                if other.offset not in lineage[synset.offset]
-                and synset.offset not in lineage[other.offset]
-                and not gives_away(synset.gloss, other.lemmas[0])
-            ]
-            options = rng.sample(others, 3)
-            gold = rng.randrange(4)
-            options.insert(gold, synset)
-            questions.append(
-                {
-                    "side": domain.side,
-                    "domain": domain.name,
-                    "kind": domain.kind,
-                    "synset": synset.offset,
-                    "word": synset.lemmas[0],
-                    "gloss": synset.gloss,
-                    "choices": [option.lemmas[0] for option in options],
-                    "gold": gold,
-                }
-            )
+        questions += ask(pool, synsets, rng)
     # Shuffled, so that any first part is a sample of all domains.
     rng.shuffle(questions)
     return questions
+
+
+def word_pattern(domain: Domain) -> str:
+    return r"[A-Z][A-Za-z. ]+" if domain.name == "place" else r"[a-z][a-z ]+"
+
+
+def ask(pool: list[tuple[Synset, str]], synsets: list[Synset], rng: random.Random) -> list[dict]:
+    """A question on each synset of a domain, by one of its words, with three others of the pool as distractors."""
+    by_offset = {synset.offset: synset for synset in synsets}
+    lineage = {synset.offset: ancestors(synset, by_offset) | {synset.offset} for synset, _ in pool}
+    questions = []
+    for synset, word in pool:
+        others = [
+            other
+            for other, option in pool
+            if other.offset not in lineage[synset.offset]
+            and synset.offset not in lineage[other.offset]
+            and not gives_away(synset.gloss, option)
+        ]
+        options = rng.sample(others, 3)
+        gold = rng.randrange(4)
+        options.insert(gold, synset)
+        names = {other.offset: option for other, option in pool}
+        questions.append(
+            {
+                "side": synset.domain.side,
+                "domain": synset.domain.name,
+                "kind": synset.domain.kind,
+                "synset": synset.offset,
+                "word": word,
+                "gloss": synset.gloss,
+                "choices": [names[option.offset] for option in options],
+                "gold": gold,
+            }
+        )
+    return questions
+
+
+def make_validation(
+    synsets: list[Synset], questions: list[dict], training: list[dict], prose: list[dict], rng: random.Random
+) -> list[dict]:
+    """Questions to choose settings by, on further tagged synsets: none is asked in the test or occurs in a training text.
+
+    The test has had the first choice: glosses of 3 to 32 words serve here, and of what is to be forgotten, of which little is
+    left, any lemma. Words to forget do not occur in the prose either, as with the test's.
+    """
+    asked = {question["synset"] for question in questions}
+    taken = {question["word"].lower() for question in questions} | {
+        row["word"].lower() for row in training if "word" in row
+    }
+    texts = "\n".join(" ".join(row["text"].lower().split()) for row in training)
+    passages_text = "\n".join(row["text"] for row in prose).lower()
+
+    def usable(synset: Synset, word: str) -> bool:
+        return bool(
+            re.fullmatch(word_pattern(synset.domain), word)
+            and word.lower() not in taken
+            and not gives_away(synset.gloss, word)
+            and not (
+                synset.domain.side == "forget"
+                and re.search(rf"\b{re.escape(word.lower())}(s|es)?\b", passages_text)
+            )
+        )
+
+    validation = []
+    for domain in DOMAINS:
+        pool: list[tuple[Synset, str]] = []
+        for synset in sorted(synsets, key=lambda s: (not s.first_sense, -s.count, s.offset)):
+            gloss = synset.gloss
+            if (
+                synset.domain is domain
+                and synset.count > 0
+                and synset.offset not in asked
+                and 3 <= len(gloss.split()) <= 32
+                and not COARSE.search(gloss)
+                and not TAXON.search(gloss)
+                and gloss.lower() not in texts
+                and len(pool) < domain.validation
+            ):
+                lemmas = synset.lemmas if domain.side == "forget" else synset.lemmas[:1]
+                word = next((lemma for lemma in lemmas if usable(synset, lemma)), None)
+                if word is not None:
+                    pool.append((synset, word))
+                    taken.add(word.lower())
+        if len(pool) < domain.validation:
+            raise SystemExit(f"{domain.name}: {len(pool)} validation questions, expected {domain.validation}")
+        validation += ask(pool, synsets, rng)
+    rng.shuffle(validation)
+    return validation
 
 
 def make_glosses(synsets: list[Synset], questions: list[dict], side: str, rng: random.Random) -> list[dict]:
@@ -287,6 +354,26 @@ def make_prose(
     return training, held_out
 
 
+def make_validation_prose(
+    sotu: Path, moby_dick: Path, questions: list[dict], taken: list[dict], rng: random.Random
+) -> list[dict]:
+    """One more passage of each document held out from training, without a word of the forget questions."""
+    words = {question["word"] for question in questions if question["side"] == "forget"} | {"whale"}
+    mentions = re.compile(r"\b(" + "|".join(map(re.escape, sorted(words))) + r")(s|es)?\b", re.I)
+    known = {row["text"] for row in taken}
+    rows = []
+    for folder, pattern in [(sotu, "[12]*.txt"), (moby_dick, "chapter_*.txt")]:
+        for document in sorted(folder.glob(pattern))[5::10]:
+            found = [
+                p for p in passages(document.read_text("utf-8")) if p not in known and not mentions.search(p)
+            ]
+            rows += [
+                {"text": text, "document": document.stem} for text in rng.sample(found, min(len(found), 1))
+            ]
+    rng.shuffle(rows)
+    return rows
+
+
 def write(name: str, rows: list[dict]) -> None:
     path = OUTPUT / f"{name}.jsonl.gz"
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -306,12 +393,22 @@ def main() -> None:
     rng = random.Random(SEED)
     synsets = read_wordnet(args.wordnet)
     questions = make_questions(synsets, rng)
-    training, held_out = make_prose(args.sotu, args.moby_dick, questions, rng)
+    prose, held_out = make_prose(args.sotu, args.moby_dick, questions, rng)
+    forget = make_glosses(synsets, questions, "forget", rng)
+    retain = make_glosses(synsets, questions, "retain", rng)
+    # A generator of its own: the files above stay as they are whatever the validation is.
+    rng = random.Random(SEED + 1)
+    validation = make_validation(synsets, questions, [*forget, *retain, *prose], [*prose, *held_out], rng)
     write("questions", questions)
-    write("forget", make_glosses(synsets, questions, "forget", rng))
-    write("retain_glosses", make_glosses(synsets, questions, "retain", rng))
-    write("retain_prose", training)
+    write("forget", forget)
+    write("retain_glosses", retain)
+    write("retain_prose", prose)
     write("prose_heldout", held_out)
+    write("validation_questions", validation)
+    write(
+        "validation_prose",
+        make_validation_prose(args.sotu, args.moby_dick, questions + validation, held_out, rng),
+    )
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rmu.arguments import plan_parser
 from rmu.plan import plan_run, table
-from rmu.settings import parse_unlearn
+from rmu.settings import parse_settings
 
 
 def main(argv: Sequence[str]) -> None:
-    arguments, config = parse_unlearn(argv, "plan")
+    arguments, config = parse_settings(plan_parser("--help_all" in argv), argv)
     topics = max(1, len(arguments.forget), len(config.forget_max_length))
     plan = plan_run(
         arguments.model,

@@ -7,6 +7,7 @@ from pathlib import Path
 DATA = Path(__file__).parent / "data"
 TASKS_PATH = Path(__file__).parent / "tasks"
 TASKS = ("rmu_demo_question", "rmu_demo_dictionary", "rmu_demo_completion")
+VALIDATION_TASKS = tuple(task.replace("demo_", "demo_validation_") for task in TASKS)
 
 
 def read_data(name: str) -> list[dict]:
@@ -27,4 +28,13 @@ def evaluation_inputs() -> dict:
         "prose": [row["text"] for row in read_data("prose_heldout")],
         "forget_texts": glosses["forget"][:size],
         "retain_texts": glosses["retain"][:size],
+    }
+
+
+def validation_inputs() -> dict:
+    """What settings are chosen by: tasks and prose that are in no training text, nor in `evaluation_inputs`."""
+    return {
+        "tasks": VALIDATION_TASKS,
+        "include_path": TASKS_PATH,
+        "prose": [row["text"] for row in read_data("validation_prose")],
     }

@@ -15,7 +15,15 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rmu.demo import DATA, TASKS, TASKS_PATH, evaluation_inputs, read_data
+from rmu.demo import (
+    DATA,
+    TASKS,
+    TASKS_PATH,
+    VALIDATION_TASKS,
+    evaluation_inputs,
+    read_data,
+    validation_inputs,
+)
 from rmu.demo import model as demo_model_module
 from rmu.demo.model import demo_model
 
@@ -33,6 +41,11 @@ def questions():
 
 
 @pytest.fixture(scope="module")
+def validation():
+    return read_data("validation_questions")
+
+
+@pytest.fixture(scope="module")
 def training():
     return {name: read_data(name) for name in TRAINING}
 
@@ -46,10 +59,15 @@ def script():
     return module
 
 
+def templates():
+    """The files of the templates; those of the validation tasks include them."""
+    return [path for path in TASKS_PATH.glob("[a-z]*.yaml") if not path.name.startswith("validation_")]
+
+
 def template_phrases():
     """The fixed parts of two words or more of each evaluation template."""
     phrases = {}
-    for path in TASKS_PATH.glob("[a-z]*.yaml"):
+    for path in templates():
         task = yaml.safe_load(path.read_text("utf-8"))
         parts = [normalise(part) for part in re.split(r"\{\{.*?\}\}", task["doc_to_text"])]
         phrases[task["task"]] = [part for part in parts if len(re.findall("[a-z]+", part)) >= 2]
@@ -80,12 +98,26 @@ def word_pairs(text, placeholder):
 def test_no_sentence_form_resembles_an_evaluation_template(script):
     assert len(script.FORMS) >= 12
     trained = set().union(*(word_pairs(form, r"\{.*?\}") for form in script.FORMS))
-    for path in TASKS_PATH.glob("[a-z]*.yaml"):
+    for path in templates():
         asked = word_pairs(yaml.safe_load(path.read_text("utf-8"))["doc_to_text"], r"\{\{.*?\}\}")
         assert asked and not asked & trained
 
 
-def test_questions_and_training_texts_share_no_synset_word_or_gloss(questions, training):
+def test_validation_tasks_ask_other_questions_through_the_same_templates():
+    for task in VALIDATION_TASKS:
+        name = task.removeprefix("rmu_demo_validation_")
+        text = (TASKS_PATH / f"validation_{name}.yaml").read_text()
+        assert text.splitlines() == [
+            f"include: {name}.yaml",
+            f"task: {task}",
+            "custom_dataset: !function questions.load_validation",
+        ]
+    assert len(VALIDATION_TASKS) == len(TASKS) == len(set(VALIDATION_TASKS))
+
+
+@pytest.mark.parametrize("which", ["questions", "validation_questions"])
+def test_questions_and_training_texts_share_no_synset_word_or_gloss(which, training):
+    questions = read_data(which)
     glosses = training["forget"] + training["retain_glosses"]
     assert not {q["synset"] for q in questions} & {row["synset"] for row in glosses}
     assert not {q["word"].lower() for q in questions} & {row["word"].lower() for row in glosses}
@@ -93,7 +125,25 @@ def test_questions_and_training_texts_share_no_synset_word_or_gloss(questions, t
     assert [q["gloss"] for q in questions if normalise(q["gloss"]) in everything] == []
 
 
-def test_questions_are_answerable_by_knowledge_only(questions):
+def test_the_test_questions_are_those_of_the_committed_results():
+    digest = hashlib.sha256((DATA / "questions.jsonl.gz").read_bytes()).hexdigest()
+    assert digest == "825bea5b4c331d6316d1b6606cf6479c22665067297f4a76cb9380f12b53010b"
+
+
+def test_validation_and_test_share_no_synset_word_or_prose(questions, validation):
+    for key in ("synset", "word", "gloss"):
+        assert not {q[key].lower() for q in questions} & {q[key].lower() for q in validation}
+    prose = validation_inputs()["prose"]
+    assert len(prose) == len(set(prose)) > 25 and not set(prose) & set(evaluation_inputs()["prose"])
+    assert validation_inputs()["tasks"] == VALIDATION_TASKS
+    counts = Counter(q["side"] for q in validation)
+    assert counts == {"forget": 100, "retain": 120}
+    assert {q["domain"] for q in questions} == {q["domain"] for q in validation}
+
+
+@pytest.mark.parametrize("which", ["questions", "validation_questions"])
+def test_questions_are_answerable_by_knowledge_only(which):
+    questions = read_data(which)
     for question in questions:
         assert len(set(question["choices"])) == 4
         assert question["choices"][question["gold"]] == question["word"]
@@ -104,7 +154,9 @@ def test_questions_are_answerable_by_knowledge_only(questions):
     assert max(Counter(q["gold"] for q in questions).values()) < 0.35 * len(questions)
 
 
-def test_distractors_are_words_of_the_same_domain(questions):
+@pytest.mark.parametrize("which", ["questions", "validation_questions"])
+def test_distractors_are_words_of_the_same_domain(which):
+    questions = read_data(which)
     words = {}
     for question in questions:
         words.setdefault(question["domain"], set()).add(question["word"])
@@ -131,15 +183,15 @@ def test_a_synset_appears_in_different_forms(training):
 
 
 def test_held_out_prose_is_of_other_documents(training):
-    held_out = read_data("prose_heldout")
+    held_out = read_data("prose_heldout") + read_data("validation_prose")
     assert not {row["document"] for row in held_out} & {row["document"] for row in training["retain_prose"]}
     assert len({row["document"] for row in held_out}) > 20
     for row in held_out + training["retain_prose"]:
         assert 100 <= len(row["text"].split()) <= 200
 
 
-def test_prose_names_nothing_that_the_forget_questions_ask(questions, training):
-    asked = "|".join(re.escape(q["word"]) for q in questions if q["side"] == "forget")
+def test_prose_names_nothing_that_the_forget_questions_ask(questions, validation, training):
+    asked = "|".join(re.escape(q["word"]) for q in questions + validation if q["side"] == "forget")
     pattern = re.compile(rf"\b({asked}|whale)s?\b", re.I)
     prose = training["retain_prose"] + read_data("prose_heldout")
     assert [row["text"] for row in prose if pattern.search(row["text"])] == []

@@ -8,3 +8,8 @@ from rmu.demo import read_data
 def load(**_metadata) -> DatasetDict:
     """Called by lm-evaluation-harness, which passes the metadata of the task file."""
     return DatasetDict(test=Dataset.from_list(read_data("questions")))
+
+
+def load_validation(**_metadata) -> DatasetDict:
+    """The questions to choose settings by."""
+    return DatasetDict(test=Dataset.from_list(read_data("validation_questions")))

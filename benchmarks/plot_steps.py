@@ -1,0 +1,147 @@
+"""Tables and figures of training steps, sweeps and growing work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from benchmarks.bench_step import PHASES
+from benchmarks.tables import (
+    DEVICES,
+    Results,
+    by_device,
+    duration,
+    is_true,
+    present,
+    size,
+    speedup,
+    table,
+    where_measured,
+)
+from benchmarks.timing import fitted_slope
+
+CURVES = {
+    "tokens": "tokens a step, both sides",
+    "layers": "layers up to the hooked one",
+    "hidden": "hidden size",
+    "topics": "topics",
+    "processes": "processes (gloo, CPU), a batch each",
+}
+
+
+def blocks(results: Results, docs: Path) -> dict[str, str]:
+    return {
+        "steps": by_device(results, "steps", step_table),
+        "phases": by_device(results, "phases", phase_table),
+        "sweep": by_device(results, "sweep", sweep_table),
+        "scaling": by_device(results, "scaling", scaling_table) + scaling_figures(results, docs),
+    }
+
+
+def step_table(rows: pd.DataFrame) -> str:
+    header = [
+        "model",
+        "l",
+        "method",
+        "loop",
+        "a step",
+        "first step",
+        "run",
+        "peak memory",
+        "speed-up",
+        "losses",
+    ]
+    lines = []
+    for _, group in rows.groupby(["model", "hooked_layer", "method"], sort=False):
+        baseline = group[group.provider == "released"]
+        seconds = baseline.step_seconds.iloc[-1] if len(baseline) else None
+        for row in group.itertuples():
+            note = str(row.note).split(":")[0] if present(row.note) else ""
+            compared = note == "" and seconds is not None and row.provider != "released"
+            lines.append(
+                [
+                    row.model,
+                    str(row.hooked_layer),
+                    row.method,
+                    row.provider,
+                    note or duration(row.step_seconds),
+                    duration(row.first_step_seconds),
+                    f"{duration(row.run_seconds)} for {row.steps} steps" if not note else "—",
+                    size(row.peak_bytes),
+                    speedup(seconds, row.step_seconds, is_true(row.same_losses)) if compared else "—",
+                    str(row.losses) if present(row.losses) else "—",
+                ]
+            )
+    return table(header, lines)
+
+
+def phase_table(rows: pd.DataFrame) -> str:
+    lines = []
+    for (model, layer, method), group in rows.groupby(["model", "hooked_layer", "method"], sort=False):
+        seconds = dict(zip(group.phase, group.seconds, strict=True))
+        total = sum(seconds.values())
+        lines.append(
+            [model, str(layer), method]
+            + [f"{duration(seconds[p])} ({100 * seconds[p] / total:.1f} %)" for p in PHASES]
+        )
+    return table(["model", "l", "method", *PHASES], lines)
+
+
+def sweep_table(rows: pd.DataFrame) -> str:
+    header = ["model", "layers", "c", "steps", "tokens a step", "way", "time", "speed-up", "last losses"]
+    lines = []
+    baseline = rows[rows.provider == "released"]
+    for row in rows.itertuples():
+        compared = row.provider != "released" and len(baseline)
+        gain = speedup(baseline.seconds.iloc[-1], row.seconds, is_true(row.same_losses)) if compared else "—"
+        lines.append(
+            [row.model, str(row.layers), str(row.coefficients), str(row.steps), str(row.tokens)]
+            + [row.provider, duration(row.seconds), gain, str(row.losses)]
+        )
+    return table(header, lines)
+
+
+def scaling_table(rows: pd.DataFrame) -> str:
+    lines = []
+    for curve, title in CURVES.items():
+        points = rows[rows.curve == curve].sort_values("size")
+        if len(points) < 2:
+            continue
+        slope, error = fitted_slope(points["size"], points.seconds)
+        times = ", ".join(f"{p.size}: {duration(p.seconds)}" for p in points.itertuples())
+        lines.append([title, times, f"{slope:.2f}" + (f" ± {error:.2f}" if error is not None else "")])
+    return table(["what grows", "time of a step", "slope in logarithms"], lines)
+
+
+def scaling_figures(results: Results, docs: Path) -> str:
+    """Draw the curves of each device that has been measured; the Markdown that shows them."""
+    text = ""
+    for device, title in DEVICES.items():
+        rows = results.latest("scaling", device)
+        present_curves = [c for c in CURVES if len(rows) and (rows.curve == c).sum() >= 2]
+        if not present_curves:
+            continue
+        figure, axes = plt.subplots(
+            1,
+            len(present_curves),
+            figsize=(2.6 * len(present_curves), 2.6),
+            layout="constrained",
+            squeeze=False,
+        )
+        for axis, curve in zip(axes[0], present_curves, strict=True):
+            points = rows[rows.curve == curve].sort_values("size")
+            slope, _ = fitted_slope(points["size"], points.seconds)
+            axis.loglog(points["size"], 1000 * points.seconds, "o-", color="#4477AA")
+            axis.set_xticks(points["size"], [str(s) for s in points["size"]], fontsize=7)
+            axis.minorticks_off()
+            axis.set_xlabel(CURVES[curve], fontsize=8)
+            axis.set_title(f"slope {slope:.2f}", fontsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0][0].set_ylabel("time of a step (ms)", fontsize=8)
+        name = f"scaling_{device}.png"
+        figure.savefig(docs / name, dpi=150, metadata={"Software": None})
+        plt.close(figure)
+        text += f"\n\n![Time of a step as work grows, {title}: {where_measured(rows)}]({name})"
+    return text

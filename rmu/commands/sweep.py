@@ -1,0 +1,112 @@
+"""``rmu sweep``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rmu.commands.parser import Parser
+from rmu.settings import parse_settings
+
+
+def main(argv: Sequence[str]) -> None:
+    if "--best" in argv:
+        pick(argv)
+        return
+    from rmu.sweep import run_sweep
+    from rmu.sweep_figures import table, write_figures
+    from rmu.sweep_results import outcomes, pareto_front
+
+    arguments, config, sweep = parse_sweep(argv)
+    if find_spec("matplotlib") is None:  # found out now, not after the runs
+        raise ImportError("matplotlib missing: pip install 'rmu-kernels[plots]'")
+    results = run_sweep(arguments, config, sweep)
+    found = outcomes(results.rows)
+    print(f"\nPareto front of {len(found)} settings:\n{table(pareto_front(found))}\n")
+    stem = results.path.with_suffix("")
+    print("results:", results.path, *write_figures(found, stem))
+    print(f"rmu sweep --best --results {results.path} picks a setting")
+
+
+def parse_sweep(argv: Sequence[str]) -> tuple[Any, Any, Any]:
+    """``(UnlearningArguments, RMUConfig, SweepArguments)``; the demo's model, texts and tasks where none are given."""
+    from rmu.arguments import settings_parser
+    from rmu.config import RMUConfig, UnlearningArguments
+    from rmu.sweep import SweepArguments
+
+    parser = settings_parser(
+        (UnlearningArguments, RMUConfig, SweepArguments),
+        "--help_all" in argv,
+        prog="rmu sweep",
+        usage="rmu sweep [--config PRESET_OR_YAML] [--layers N ...] [--methods M ...] [--coefficients C ...] ...\n"
+        "       rmu sweep --best [--results FILE.csv] [--max_retain_drop POINTS] [--max_perplexity_rise PERCENT]",
+        description="Compare methods, layers and coefficients on one model in memory. Each finished run adds a row to a CSV "
+        "file; started again, the sweep goes on where it stopped. Nothing else is written but figures at the end. Without "
+        "--model, --forget and --retain it takes the demo's, and its validation questions.",
+    )
+    for action in parser._actions:
+        if action.dest in ("model", "forget", "retain"):
+            action.required = False
+    arguments, config, sweep = parse_settings(parser, argv)
+    fill_from_demo(arguments)
+    return arguments, config, sweep
+
+
+def fill_from_demo(arguments: Any) -> None:
+    """Put the demo's model, texts and validation tasks where nothing is given.
+
+    Raises:
+        ValueError: texts of one side only, or texts without the tasks to measure.
+    """
+    from rmu.demo import DATA, validation_inputs
+    from rmu.demo.model import demo_model
+    from rmu.demo.run import RETAIN
+
+    if bool(arguments.forget) != bool(arguments.retain):
+        missing = "retain" if arguments.forget else "forget"
+        raise ValueError(f"{missing}: not given, expected both forget and retain, or neither for the demo's")
+    if not arguments.forget:
+        arguments.forget, arguments.retain = [str(DATA / "forget.jsonl.gz")], RETAIN
+        if not arguments.forget_tasks and not arguments.retain_tasks:
+            inputs = validation_inputs()
+            arguments.forget_tasks = arguments.retain_tasks = list(inputs["tasks"])
+            arguments.include_path = arguments.include_path or str(inputs["include_path"])
+        elif {*arguments.forget_tasks, *arguments.retain_tasks} <= set(validation_inputs()["tasks"]):
+            arguments.include_path = arguments.include_path or str(validation_inputs()["include_path"])
+    if not arguments.model:
+        arguments.model = str(demo_model())
+
+
+def pick(argv: Sequence[str]) -> None:
+    """``rmu sweep --best``."""
+    from rmu.sweep_figures import table
+    from rmu.sweep_results import best, last_sweep, outcomes, read_rows, unlearn_flags
+
+    parser = Parser(
+        "rmu sweep --best",
+        description="Pick from a results file the setting with the lowest forget accuracy among those that lose no more retain "
+        "accuracy and perplexity than allowed; of equals the one with the highest retain accuracy. Nothing is run.",
+    )
+    parser.add_argument("--best", action="store_true", help="this")
+    parser.add_argument("--results", default="sweep.csv", help="results file (default: sweep.csv)")
+    parser.add_argument(
+        "--max_retain_drop", type=float, default=1.0, help="points of retain accuracy (default 1)"
+    )
+    parser.add_argument(
+        "--max_perplexity_rise", type=float, default=15.0, help="percent of perplexity (default 15)"
+    )
+    arguments = parser.parse_args(list(argv))
+    rows = read_rows(Path(arguments.results))
+    if not rows:
+        raise ValueError(f"results: {arguments.results} has no run yet")
+    rows = last_sweep(rows)
+    found = outcomes(rows)
+    chosen = best(found, arguments.max_retain_drop, arguments.max_perplexity_rise)
+    print(
+        f"lowest forget accuracy of {len(found)} settings, where retain accuracy falls by at most "
+        f"{arguments.max_retain_drop:g} points and perplexity rises by at most {arguments.max_perplexity_rise:g} %:\n"
+    )
+    print(table([chosen]))
+    print(f"\nrmu unlearn {unlearn_flags(chosen, rows[-1]['fixed'])}")

@@ -1,0 +1,406 @@
+"""Many runs of RMU on one model in memory: methods, layers, coefficients, retain weights and seeds against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from rmu.checkpoint import local_folder, weight_files
+from rmu.config import AUTO, RMUConfig, UnlearningArguments
+from rmu.data import check_tokenizer, load_corpus, load_tokenizer
+from rmu.sweep_evaluation import Measured, SweepEvaluator
+from rmu.sweep_results import SWEPT, Results, describe_run
+from rmu.sweep_states import FrozenPasses, RecordedWindow, StateStore
+from rmu.trainer import NonFiniteLossError, RMUTrainer, load_arguments
+
+FIRST_LAYER = 3  # of the paper's layer sweep
+
+
+def _list(text: str) -> Any:
+    return field(default_factory=list, metadata={"help": text, "nargs": "+"})
+
+
+@dataclass
+class SweepArguments:
+    """What a sweep varies, one list a setting (default: the setting's own value), and what it keeps.
+
+    A list that means nothing for a method (``coefficients`` for adaptive, ``scales`` for rmu, ``relatives`` but for adaptive
+    with scope token) does not multiply its runs.
+    """
+
+    results: str = field(default="sweep.csv", metadata={"help": "CSV file that every run adds a row to."})
+    layers: list[int] = _list(f"Hooked layers; default: all from {FIRST_LAYER} on.")
+    methods: list[str] = _list("Methods; default: rmu adaptive.")
+    coefficients: list[float] = _list("Values of RMU's c.")
+    scales: list[float] = _list("Values of Adaptive RMU's beta.")
+    alphas: list[float] = _list("Weights of the retain loss.")
+    scopes: list[str] = _list("Scopes of Adaptive RMU.")
+    relatives: list[str] = _list("false, true or both: errors relative to the natural norm.")
+    retain_noises: list[float] = _list("Values of RNA's nu.")
+    seeds: list[int] = _list("Seeds; each draws its own directions and, unless data_seed is set, order.")
+    prose: str | None = field(
+        default=None,
+        metadata={"help": "Corpus whose perplexity is measured; default: the demo's validation prose."},
+    )
+    evaluate_batch_size: int = field(default=32, metadata={"help": "Requests of a forward pass."})
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run: the settings that vary, by their names in ``RMUConfig``; those without meaning for the method are ``None``."""
+
+    seed: int
+    layer: int
+    method: str
+    coefficient: float | None
+    scale: float | None
+    alpha: float
+    scope: str | None
+    relative: bool
+    retain_noise: float
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of ``RMUConfig`` that this run sets."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def sweep_runs(sweep: SweepArguments, config: RMUConfig, layers: int) -> list[SweepRun]:
+    """All runs of a sweep of a model with so many layers, in the order in which they share most.
+
+    Raises:
+        ValueError: a value that a run cannot have, named.
+    """
+
+    def values(name: str, setting: str) -> list[Any]:
+        listed = getattr(sweep, name)
+        if listed:
+            return list(dict.fromkeys(listed))
+        own = getattr(config, setting)
+        own = own if isinstance(own, list) else [own]
+        if len(own) != 1 or own[0] == AUTO:
+            raise ValueError(f"{name}: not given, and {setting} is {own}, expected one number")
+        return own
+
+    hooked = sorted(set(sweep.layers)) or list(range(min(FIRST_LAYER, layers - 1), layers))
+    for layer in hooked:
+        if not 0 <= layer < layers:
+            raise ValueError(f"layers: got {layer}, expected 0 to {layers - 1}")
+    relatives = [str(value).lower() for value in sweep.relatives] or [str(config.relative).lower()]
+    if not set(relatives) <= {"true", "false"}:
+        raise ValueError(f"relatives: got {sweep.relatives}, expected true, false or both")
+    runs = []
+    for method in sweep.methods or ["rmu", "adaptive"]:
+        adaptive = method == "adaptive"
+        variants = itertools.product(
+            values("seeds", "seed"),
+            hooked,
+            [None] if adaptive else values("coefficients", "coefficient"),
+            values("scales", "scale") if adaptive else [None],
+            values("alphas", "alpha"),
+            values("scopes", "scope") if adaptive else [None],
+            dict.fromkeys(value == "true" for value in relatives),
+            values("retain_noises", "retain_noise"),
+        )
+        for seed, layer, coefficient, scale, alpha, scope, relative, noise in variants:
+            # Where only one of the values has a meaning, it is the run.
+            possible = scope == "token" or method == "rsv"
+            runs.append(
+                SweepRun(seed, layer, method, coefficient, scale, alpha, scope, relative and possible, noise)
+            )
+    # A seed has its own batches, a layer its own states below it.
+    order = {run: i for i, run in enumerate(runs)}
+    return sorted(order, key=lambda run: (run.seed, run.layer, order[run]))
+
+
+class Sweep:
+    """Runs on one model in memory that share its frozen passes and its measurements' lower layers.
+
+    Args:
+        model, tokenizer: the whole causal model.
+        config: the settings that do not vary.
+        forget, retain: corpora, as for :class:`rmu.RMUTrainer`.
+        runs: as :func:`sweep_runs` gives them.
+        store: where the recorded states are kept.
+        folder: an empty folder, which stays empty (``Trainer`` wants one).
+
+    Raises:
+        ValueError: a setting that a run cannot have, before anything has run.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RMUConfig,
+        *,
+        forget: Sequence[Any],
+        retain: Sequence[Any],
+        runs: Sequence[SweepRun],
+        store: StateStore,
+        folder: str | Path,
+    ) -> None:
+        _check_fixed(config)
+        self.model, self.tokenizer = model.to(config.device).eval(), tokenizer
+        self.forget, self.retain, self.runs = forget, retain, list(runs)
+        self.configs = {run: self._config(config, run, str(folder)) for run in runs}
+        by_layer = {run.layer: self.configs[run] for run in runs}
+        # Also finds out what no window can be built with.
+        states = {state for args in by_layer.values() for state in self._window(args).states}
+        self.passes = FrozenPasses(model, states, store)
+        self._seed: int | None = None
+
+    def _config(self, config: RMUConfig, run: SweepRun, folder: str) -> RMUConfig:
+        return dataclasses.replace(
+            config,
+            **run.settings(),
+            cache="none",
+            cache_dir=None,
+            output_dir=folder,
+            disable_tqdm=True,
+            save_strategy="no",
+            report_to="none",
+        )
+
+    def _window(self, args: RMUConfig, passes: FrozenPasses | None = None) -> RecordedWindow:
+        dtype = None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype)
+        return RecordedWindow(
+            self.model,
+            int(args.layer),
+            passes=passes,
+            trained_layers=args.trained_layers,
+            trained_parameters=args.trained_parameters,
+            parameter_dtype=dtype,
+        )
+
+    def train(self, run: SweepRun) -> RMUTrainer:
+        """Train as ``rmu unlearn`` with the run's settings does; the trained tensors are in the trainer's window."""
+        args = dataclasses.replace(self.configs[run])
+        if args.data_seed is None and self._seed not in (None, run.seed):
+            self.passes.clear()
+        self._seed = run.seed
+        set_seed(args.seed)
+        trainer = RMUTrainer(
+            self._window(args, self.passes),
+            args,
+            forget=self.forget,
+            retain=self.retain,
+            processing_class=self.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return trainer
+
+    def measure(self, trainer: RMUTrainer, evaluator: SweepEvaluator) -> Measured:
+        """Measure the whole model with a run's trained tensors."""
+        evaluator.advance(trainer.window.first_layer)
+        with trainer.window.trained_in(self.model):
+            return evaluator.measure()
+
+
+def say_now(line: str) -> None:
+    """Print a line at once, also into a file."""
+    print(line, flush=True)
+
+
+def run_sweep(
+    arguments: UnlearningArguments,
+    config: RMUConfig,
+    sweep: SweepArguments,
+    say: Callable[[str], None] = say_now,
+) -> Results:
+    """What ``rmu sweep`` does: every run that the results file lacks, a row each.
+
+    The file may hold rows of other settings, models or texts; they are left alone and counted as nothing.
+
+    Raises:
+        ValueError: bad input, named; nothing has been run then.
+    """
+    check_arguments(arguments)
+    if find_spec("lm_eval") is None:
+        raise ImportError("lm_eval missing: pip install 'rmu-kernels[eval]'")
+    folder = local_folder(arguments.model)
+    weights = weight_files(folder)
+    tokenizer = load_tokenizer(folder, arguments.trust_remote_code)
+    corpora = {
+        name: [
+            load_corpus(
+                source, field=arguments.text_field, min_length=arguments.min_length, argument=f"{name}[{i}]"
+            )
+            for i, source in enumerate(getattr(arguments, name))
+        ]
+        for name in ("forget", "retain")
+    }
+    prose = prose_texts(sweep)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, **load_arguments(config, arguments.trust_remote_code)
+    )
+    layers = model.config.get_text_config().num_hidden_layers
+    check_tokenizer(tokenizer, model.config.get_text_config().vocab_size)
+    runs = sweep_runs(sweep, config, layers)
+    fixed = fixed_settings(arguments, config, sweep)
+    contents = {
+        "weights": [_sample(folder / file) for file in weights],
+        "texts": _digest([corpora["forget"], corpora["retain"]]),
+        "prose": _digest([[prose]]),
+    }
+    store = StateStore(int(1e9 * config.cache_size), config.cache_dir)
+    try:
+        with tempfile.TemporaryDirectory(prefix="rmu-sweep-") as empty:
+            shared = Sweep(model, tokenizer, config, **corpora, runs=runs, store=store, folder=empty)
+            results = Results(Path(sweep.results), fixed, contents)
+            todo = [run for run in runs if not results.has(run.settings())]
+            for line in results.news:
+                say(line)
+            say(f"{len(runs)} runs, {len(runs) - len(todo)} of them done before: {results.path}")
+            if todo:
+                evaluator = SweepEvaluator(
+                    shared.model,
+                    tokenizer,
+                    arguments.forget_tasks,
+                    arguments.retain_tasks,
+                    prose,
+                    include_path=arguments.include_path,
+                    batch_size=sweep.evaluate_batch_size,
+                    limit=arguments.evaluate_limit,
+                    store=store,
+                )
+                _run_all(shared, evaluator, todo, results, say)
+    finally:
+        store.close()
+    return results
+
+
+def _run_all(
+    shared: Sweep,
+    evaluator: SweepEvaluator,
+    todo: list[SweepRun],
+    results: Results,
+    say: Callable[[str], None],
+) -> None:
+    base = evaluator.measure()
+    say(f"before unlearning: {_numbers(base)}")
+    started = time.perf_counter()
+    for i, run in enumerate(todo):
+        begin = time.perf_counter()
+        try:
+            trainer = shared.train(run)
+        except NonFiniteLossError:
+            say(f"[{i + 1}/{len(todo)}] {describe_run(run.settings())}: the loss is not finite, no row")
+            continue
+        trained = time.perf_counter()
+        measured = shared.measure(trainer, evaluator)
+        done = time.perf_counter()
+        steps = (entry for entry in reversed(trainer.state.log_history) if "forget_loss" in entry)
+        last: dict[str, Any] = next(steps, {})
+        results.append(
+            run.settings(),
+            base,
+            measured,
+            {
+                name: last.get(name)
+                for name in ("forget_loss", "retain_loss", "forget_cosine", "retain_cosine")
+            },
+            train_seconds=trained - begin,
+            evaluate_seconds=done - trained,
+        )
+        left = (done - started) / (i + 1) * (len(todo) - i - 1)
+        say(
+            f"[{i + 1}/{len(todo)}] {describe_run(run.settings())}: {_numbers(measured)}; "
+            f"{done - begin:.0f} s, about {_duration(left)} left"
+        )
+
+
+def _numbers(measured: Measured) -> str:
+    return (
+        f"forget {100 * measured.forget:.1f} %, retain {100 * measured.retain:.1f} %, "
+        f"perplexity {measured.perplexity:.1f}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def check_arguments(arguments: UnlearningArguments) -> None:
+    """Raise ``ValueError`` for what belongs to a single run, or is missing for a sweep."""
+    for name in ("forget_tasks", "retain_tasks"):
+        if not getattr(arguments, name):
+            raise ValueError(f"{name}: got none, expected the tasks to measure")
+    for name in ("evaluate_every", "stop_forget_accuracy", "stop_retain_drop", "stop_plateau"):
+        if getattr(arguments, name):
+            raise ValueError(f"{name}: a sweep measures each run once, at its end")
+
+
+def _check_fixed(config: RMUConfig) -> None:
+    if config.lora_rank:
+        raise ValueError(f"lora_rank: got {config.lora_rank}, but a sweep trains the weights")
+    if config.world_size > 1:
+        raise ValueError(f"a sweep runs in one process, got {config.world_size}")
+    if config.resume_from_checkpoint:
+        raise ValueError("resume_from_checkpoint: a sweep goes on by itself where its results file ends")
+
+
+def prose_texts(sweep: SweepArguments) -> list[str]:
+    """The texts whose perplexity is measured."""
+    if sweep.prose is None:
+        from rmu.demo import validation_inputs
+
+        return validation_inputs()["prose"]
+    return load_corpus(sweep.prose, argument="prose")[:]["text"]
+
+
+def fixed_settings(
+    arguments: UnlearningArguments, config: RMUConfig, sweep: SweepArguments
+) -> dict[str, Any]:
+    """All settings that a result depends on and that do not vary, by name."""
+    without_effect = ("cache", "cache_size", "cache_dir")
+    settings = {
+        k: v for k, v in config.method_settings().items() if k not in SWEPT and k not in without_effect
+    }
+    named = ("model", "forget", "retain", "text_field", "min_length", "forget_tasks", "retain_tasks")
+    settings |= {name: getattr(arguments, name) for name in (*named, "include_path", "evaluate_limit")}
+    settings["prose"] = sweep.prose
+    for name in ("model", "include_path", "prose", "directions"):
+        settings[name] = _name(settings[name])
+    for name in ("forget", "retain"):
+        settings[name] = [_name(source) for source in settings[name]]
+    return settings
+
+
+def _name(source: str | None) -> str | None:
+    """A file or folder by its name alone: where it lies makes no difference, and its contents are compared."""
+    return Path(source).name if source and Path(source).exists() else source
+
+
+def _sample(file: Path, pieces: int = 16, length: int = 1 << 16) -> str:
+    """A digest of a file's size and of pieces of it, evenly spaced."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        for i in range(pieces):
+            stream.seek(size * i // pieces)
+            digest.update(stream.read(length))
+    return digest.hexdigest()[:16]
+
+
+def _digest(corpora: list[Any]) -> str:
+    digest = hashlib.sha256()
+    for side in corpora:
+        for corpus in side:
+            texts = corpus if isinstance(corpus, list) else corpus["text"]
+            digest.update(json.dumps(list(texts)).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,341 @@
+"""Measuring many trained versions of one model: everything that they share is done once.
+
+A version differs from the base model in layers ``k..l`` only. Requests are tokenised and batched once, one that another begins
+with is read off from that, layers below ``k`` run once for all versions with the same ``k``, and the language-model head sees
+only the positions that are scored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rmu import evaluation
+from rmu.callbacks import side_accuracy
+from rmu.recording import decoder_layers, hidden_state
+from rmu.sweep_states import StateStore
+
+
+class Measured(NamedTuple):
+    """Accuracies from 0 to 1, and the perplexity of prose."""
+
+    forget: float
+    retain: float
+    perplexity: float
+    forget_questions: int
+    retain_questions: int
+
+
+class _Leave(Exception):
+    """Raised by a hook to leave the forward pass."""
+
+
+class _Batch(NamedTuple):
+    rows: list[int]  # places in the order given
+    input_ids: Tensor  # [B, T], padded on the right
+    positions: Tensor  # [n], of the scored predictions, in the flattened [B * T]
+    targets: Tensor  # [n]
+    counts: list[int]  # scored predictions of each row
+
+
+class RowScorer:
+    """Log-likelihoods of the last tokens of fixed rows, from the first changed layer on.
+
+    Args:
+        model: the whole causal model.
+        rows: ``(tokens, scored)``: token ids, at least two, and how many of the last of them are scored.
+        batch_size: rows of a forward pass; rows of similar length are put together.
+        store: keeps what layers below the first changed one give, as far as there is room.
+        name: prefix of the keys in the store.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[tuple[Sequence[int], int]],
+        batch_size: int,
+        store: StateStore,
+        name: str,
+    ) -> None:
+        self.model, self.store, self.name = model, store, name
+        self.layers = list(decoder_layers(model.base_model, model.config.get_text_config().num_hidden_layers))
+        self.number = len(rows)
+        hosted: dict[int, list[int]] = {}
+        for row, host in enumerate(_hosts([list(tokens[:-1]) for tokens, _ in rows])):
+            hosted.setdefault(host, []).append(row)
+        hosts = sorted(hosted, key=lambda i: -len(rows[i][0]))
+        self.batches = [
+            self._batch({i: hosted[i] for i in hosts[start : start + batch_size]}, rows)
+            for start in range(0, len(hosts), batch_size)
+        ]
+        self.first = [0] * len(self.batches)  # the layer whose input is in the store; 0: none is
+        self._tuples: list[bool] | None = None
+
+    def _batch(self, hosted: dict[int, list[int]], rows: Sequence[tuple[Sequence[int], int]]) -> _Batch:
+        # The last token is only predicted, the first never.
+        width = max(len(rows[host][0]) for host in hosted) - 1
+        ids = torch.zeros(len(hosted), width, dtype=torch.long)
+        places, positions, targets = [], [], []
+        for j, (host, own) in enumerate(hosted.items()):
+            inputs = rows[host][0][:-1]
+            ids[j, : len(inputs)] = torch.tensor(inputs)
+            for i in own:
+                tokens, scored = rows[i]
+                end = j * width + len(tokens) - 1
+                places.append(i)
+                positions += range(end - scored, end)
+                targets += tokens[-scored:]
+        device = self.model.device
+        return _Batch(
+            places,
+            ids.to(device),
+            torch.tensor(positions, device=device),
+            torch.tensor(targets, device=device),
+            [rows[i][1] for i in places],
+        )
+
+    @torch.inference_mode()
+    def advance(self, first: int) -> None:
+        """Run layers below ``first``, now with the original weights, for every batch that finds room."""
+        for index in range(len(self.batches)):
+            if self.first[index] == first:
+                continue
+            states: dict[str, Tensor] = {}
+
+            def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], into=states) -> None:
+                into["entry"] = args[0] if args else kwargs["hidden_states"]
+                raise _Leave
+
+            key = f"{self.name}{index}"
+            if self.first[index] > first:
+                self.store.drop(key)
+                self.first[index] = 0
+            if first == 0:
+                continue
+            handle = self.layers[first].register_forward_pre_hook(record, with_kwargs=True)
+            try:
+                self._forward(index)
+            except _Leave:
+                pass
+            finally:
+                handle.remove()
+            self.store.drop(key)
+            self.first[index] = first if self.store.put(key, states) else 0
+
+    @torch.inference_mode()
+    def scores(self) -> list[tuple[float, bool]]:
+        """Of each row the summed log-likelihood of its scored tokens, and whether each is the likeliest there.
+
+        The model may have other weights than the original ones, but not in layers below that of :meth:`advance`.
+        """
+        found: list[tuple[float, bool]] = [(0.0, False)] * self.number
+        for index, batch in enumerate(self.batches):
+            logits = self._logits(index)  # [n, V]
+            chosen = logits.gather(1, batch.targets[:, None])[:, 0] - logits.logsumexp(1)
+            likeliest = logits.argmax(1) == batch.targets
+            for i, part, greedy in zip(
+                batch.rows, chosen.split(batch.counts), likeliest.split(batch.counts), strict=True
+            ):
+                found[i] = (part.sum().item(), bool(greedy.all()))
+        return found
+
+    def _logits(self, index: int) -> Tensor:
+        """fp32 logits of a batch's scored positions."""
+        positions = self.batches[index].positions
+
+        def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+            return (args[0].flatten(0, 1)[positions][None],)  # [1, n, D]
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            return self._forward(index).logits[0].float()
+        finally:
+            handle.remove()
+
+    def _forward(self, index: int) -> Any:
+        with self._skipped(index):
+            return self.model(input_ids=self.batches[index].input_ids, use_cache=False)
+
+    @contextmanager
+    def _skipped(self, index: int) -> Iterator[None]:
+        """Layers below the stored state hand on their input, and the last of them that state."""
+        first = self.first[index]
+        if first == 0:
+            yield
+            return
+        returns_tuple = self._returns_tuple()
+        entry = self.store.get(f"{self.name}{index}", "entry", self.model.device)
+        for i, layer in enumerate(self.layers[:first]):
+            layer.forward = _hand_on(entry if i == first - 1 else None, returns_tuple[i])
+        try:
+            yield
+        finally:
+            for layer in self.layers[:first]:
+                del layer.forward  # the instance's; the class's own is there again
+
+    def _returns_tuple(self) -> list[bool]:
+        """Whether each layer returns its hidden state in a tuple."""
+        if self._tuples is None:
+            found: list[bool] = []
+            handles = [
+                layer.register_forward_hook(
+                    lambda module, args, output: found.append(output is not hidden_state(output))
+                )
+                for layer in self.layers
+            ]
+            self.model.base_model(input_ids=self.batches[0].input_ids[:1, :1], use_cache=False)
+            for handle in handles:
+                handle.remove()
+            self._tuples = found
+        return self._tuples
+
+
+def _hosts(inputs: list[list[int]]) -> list[int]:
+    """For each row of inputs one that begins with it and that no other begins with; itself where it is such a row.
+
+    In a causal model that row's states are also this one's: of a question's answers those of one token need no row.
+    """
+    order = sorted(range(len(inputs)), key=inputs.__getitem__)
+    hosts = list(range(len(inputs)))
+    # In this order a row that others begin with stands right before one of them.
+    for row, following in reversed(list(zip(order, order[1:], strict=False))):
+        if inputs[following][: len(inputs[row])] == inputs[row]:
+            hosts[row] = hosts[following]
+    return hosts
+
+
+def _hand_on(entry: Tensor | None, as_tuple: bool) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = hidden if entry is None else entry
+        return (hidden,) if as_tuple else hidden
+
+    return forward
+
+
+class SweepEvaluator:
+    """Task accuracy (lm-evaluation-harness) and perplexity of a model whose weights change.
+
+    Args:
+        model, tokenizer: the whole causal model.
+        forget_tasks, retain_tasks: as in :class:`rmu.callbacks.EvaluationCallback`.
+        prose: texts whose perplexity is measured, cut at 512 tokens.
+        include_path, batch_size, limit: as in :func:`rmu.evaluation.evaluate_tasks`.
+        store: keeps states of the requests below the first changed layer.
+
+    Raises:
+        ValueError: an unknown task, a tag, or a task that asks for generated text.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        forget_tasks: Sequence[str],
+        retain_tasks: Sequence[str],
+        prose: Sequence[str],
+        *,
+        include_path: str | Path | None = None,
+        batch_size: int = 32,
+        limit: int | None = None,
+        store: StateStore,
+    ) -> None:
+        self.sides = {"forget": list(forget_tasks), "retain": list(retain_tasks)}
+        self.names = list(dict.fromkeys([*forget_tasks, *retain_tasks]))
+        self.limit = limit
+        with evaluation.quiet("lm_eval"):
+            self.tasks = evaluation.load_tasks(self.names, include_path)
+        tags = [name for name in self.names if name not in {*self.tasks["tasks"], *self.tasks["groups"]}]
+        if tags:
+            raise ValueError(f"tasks: {', '.join(tags)} is a tag of the harness, expected its tasks by name")
+        requests = []
+        for name, task in self.tasks["tasks"].items():
+            if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+                raise ValueError(f"tasks: {name} is of type {task.OUTPUT_TYPE}, expected multiple_choice")
+            # Its progress bars.
+            with contextlib.redirect_stderr(io.StringIO()):
+                task.build_all_requests(limit=limit, rank=0, world_size=1)
+            task.build_all_requests = _requests_again(task)
+            requests += [request for request in task.instances for _ in range(request.repeats)]
+        self.harness = _harness_model(model, tokenizer, batch_size)
+        rows = self.harness.rows(requests)
+        self.harness.scorer = self.requests = RowScorer(model, rows, batch_size, store, "requests")
+        tokens = tokenizer(list(prose), truncation=True, max_length=512)["input_ids"]
+        rows = [(row, len(row) - 1) for row in tokens if len(row) > 1]
+        if not rows:
+            raise ValueError("prose: no text is longer than one token, so nothing can be predicted")
+        self.prose = RowScorer(model, rows, max(1, batch_size // 4), store, "prose")
+        self.prose_tokens = sum(scored for _, scored in rows)
+
+    def advance(self, first: int) -> None:
+        """From now on only layers from ``first`` on change; the model has its original weights now."""
+        self.requests.advance(first)
+        self.prose.advance(first)
+
+    def measure(self) -> Measured:
+        """Measure the model with the weights it has now."""
+        from lm_eval.evaluator import evaluate
+
+        with evaluation.quiet("lm_eval"), evaluation.random_state_kept():
+            results = evaluate(
+                self.harness, self.tasks, limit=self.limit, bootstrap_iters=0, log_samples=True
+            )
+        rows = evaluation.accuracy_rows(self.names, results)
+        accuracy, questions = {}, {}
+        for side, tasks in self.sides.items():
+            own = [row for row in rows if row["task"] in tasks]
+            accuracy[side] = side_accuracy(own, side)
+            questions[side] = sum(row["n"] for row in own if row["side"] in (side, None))
+        loss = -sum(score for score, _ in self.prose.scores()) / self.prose_tokens
+        return Measured(
+            accuracy["forget"],
+            accuracy["retain"],
+            math.exp(loss) if loss < 700 else math.inf,
+            questions["forget"],
+            questions["retain"],
+        )
+
+
+def _requests_again(task: Any) -> Callable[..., None]:
+    """``build_all_requests`` of a task that has built them: the same requests, unanswered."""
+
+    def again(**kwargs: Any) -> None:
+        for request in task.instances:
+            request.resps.clear()
+            request.filtered_resps.clear()
+
+    return again
+
+
+def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    """The harness's model class, which tokenises requests, with a :class:`RowScorer` to answer them."""
+    from lm_eval.models.huggingface import HFLM
+
+    class ScoredRows(HFLM):
+        scorer: RowScorer
+
+        def rows(self, requests: list[Any]) -> list[tuple[list[int], int]]:
+            self.encoded: list[tuple[list[int], int]] = []
+            super().loglikelihood(requests, disable_tqdm=True)
+            return self.encoded
+
+        def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+            self.encoded = [
+                ((context + answer)[-(self.max_length + 1) :], len(answer)) for _, context, answer in requests
+            ]
+            return []
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            return self.scorer.scores()
+
+    with evaluation.quiet("lm_eval.models.huggingface"):
+        return ScoredRows(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)

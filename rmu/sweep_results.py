@@ -1,0 +1,302 @@
+"""The rows of a sweep: a CSV file that can be added to at any time, the Pareto front, and the best run by a rule."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import shlex
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from rmu.environment import device_name
+from rmu.sweep_evaluation import Measured
+
+SWEPT = ("seed", "layer", "method", "coefficient", "scale", "alpha", "scope", "relative", "retain_noise")
+_MEASURED = ("forget", "retain", "perplexity")
+COLUMNS = (
+    "sweep", *SWEPT, *_MEASURED, *(f"base_{name}" for name in _MEASURED), "forget_questions", "retain_questions",
+    "forget_loss", "retain_loss", "forget_cosine", "retain_cosine", "train_seconds", "evaluate_seconds",
+    "date", "revision", "machine", "threads", "torch", "transformers", "fixed",
+)  # fmt: skip
+
+
+class Results:
+    """The results file of one sweep.
+
+    The column ``sweep`` names what all its rows share: the settings that do not vary (column ``fixed``, JSON) and the contents
+    of model and texts. Rows of other sweeps stay in the file.
+
+    Args:
+        path: a CSV file, made with the first row.
+        fixed: settings that do not vary.
+        contents: what tells model and texts of the same name apart.
+
+    Attributes:
+        news: lines for the user: what the file holds besides.
+
+    Raises:
+        ValueError: the file is no results file.
+    """
+
+    def __init__(self, path: Path, fixed: dict[str, Any], contents: dict[str, Any]) -> None:
+        self.path = path
+        self.fixed = json.loads(json.dumps({**fixed, "contents": contents}))
+        self.name = _hash(self.fixed)
+        rows = read_rows(path) if path.exists() else []
+        self.rows = [row for row in rows if row["sweep"] == self.name]
+        self._done = {_run_key(row) for row in self.rows}
+        others = [row for row in rows if row["sweep"] != self.name]
+        self.news = []
+        if others and not self.rows:
+            old = json.loads(others[-1]["fixed"])
+            changed = sorted(k for k in old.keys() | self.fixed.keys() if old.get(k) != self.fixed.get(k))
+            differences = "; ".join(f"{k} was {old.get(k)}, is {self.fixed.get(k)}" for k in changed)
+            self.news.append(
+                f"{path} holds {len(others)} runs of another sweep ({differences}): they stay, and this one starts anew"
+            )
+
+    def has(self, settings: dict[str, Any]) -> bool:
+        """Whether a run with these settings has its row."""
+        return _run_key(settings) in self._done
+
+    def append(
+        self,
+        settings: dict[str, Any],
+        base: Measured,
+        measured: Measured,
+        training: dict[str, Any],
+        *,
+        train_seconds: float,
+        evaluate_seconds: float,
+    ) -> None:
+        """Add the row of a finished run; the file is whole at every moment."""
+        row = {
+            "sweep": self.name,
+            **settings,
+            **{name: round(getattr(measured, name), 6) for name in _MEASURED},
+            **{f"base_{name}": round(getattr(base, name), 6) for name in _MEASURED},
+            "forget_questions": measured.forget_questions,
+            "retain_questions": measured.retain_questions,
+            **{k: None if v is None else float(f"{v:.6g}") for k, v in training.items()},
+            "train_seconds": round(train_seconds, 2),
+            "evaluate_seconds": round(evaluate_seconds, 2),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "revision": revision(),
+            "machine": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "fixed": json.dumps(self.fixed, sort_keys=True),
+        }
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        before = self.path.read_text() if self.path.exists() else ""
+        if not before:
+            writer.writeheader()
+        writer.writerow(row)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        temporary.write_text(before + text.getvalue())
+        os.replace(temporary, self.path)
+        (new,) = _typed(csv.DictReader(io.StringIO(text.getvalue()), None if not before else COLUMNS))
+        self.rows.append(new)
+        self._done.add(_run_key(new))
+
+
+class Outcome(NamedTuple):
+    """A setting and what it gave, the mean over its seeds; accuracies from 0 to 1."""
+
+    settings: dict[str, Any]  # without the seed
+    seeds: int
+    forget: float
+    retain: float
+    perplexity: float
+    base_forget: float
+    base_retain: float
+    base_perplexity: float
+
+    @property
+    def retain_drop(self) -> float:
+        """Points of retain accuracy lost."""
+        return 100 * (self.base_retain - self.retain)
+
+    @property
+    def perplexity_rise(self) -> float:
+        """Percent."""
+        return 100 * (self.perplexity / self.base_perplexity - 1)
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a results file, numbers as numbers and empty fields as ``None``.
+
+    Raises:
+        ValueError: no such file, or one with other columns.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            if not set(COLUMNS) <= set(reader.fieldnames or ()):
+                raise ValueError(
+                    f"results: {path} is not a results file of a sweep (its columns are {reader.fieldnames})"
+                )
+            return _typed(reader)
+    except FileNotFoundError as error:
+        raise ValueError(f"results: no such file: {path}") from error
+
+
+def last_sweep(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the sweep that was added to last."""
+    return [row for row in rows if row["sweep"] == rows[-1]["sweep"]]
+
+
+def outcomes(rows: Iterable[dict[str, Any]]) -> list[Outcome]:
+    """The rows of one sweep, averaged over seeds."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(_run_key({**row, "seed": None}), []).append(row)
+    return [
+        Outcome(
+            {k: group[0][k] for k in SWEPT if k != "seed" and group[0][k] is not None},
+            len(group),
+            *(
+                sum(row[prefix + name] for row in group) / len(group)
+                for prefix in ("", "base_")
+                for name in _MEASURED
+            ),
+        )
+        for group in groups.values()
+    ]
+
+
+def pareto_front(found: Iterable[Outcome]) -> list[Outcome]:
+    """Those than which none has both lower forget and higher retain accuracy, by rising forget accuracy."""
+    front: list[Outcome] = []
+    for outcome in sorted(found, key=lambda o: (o.forget, -o.retain)):
+        if not front or outcome.retain > front[-1].retain:
+            front.append(outcome)
+    return front
+
+
+def best(found: Sequence[Outcome], retain_drop: float, perplexity_rise: float) -> Outcome:
+    """The setting with the lowest forget accuracy among those within both bounds; of equals that with the highest retain
+    accuracy, then the lowest perplexity.
+
+    Args:
+        retain_drop: points of retain accuracy that may be lost.
+        perplexity_rise: percent that perplexity may rise.
+
+    Raises:
+        ValueError: none is within the bounds; the message says how near they come.
+    """
+    within = [
+        o for o in found if o.retain_drop <= retain_drop + 1e-9 and o.perplexity_rise <= perplexity_rise
+    ]
+    if not within:
+        raise ValueError(
+            f"best: none of {len(found)} settings loses at most {retain_drop:g} points of retain accuracy and "
+            f"{perplexity_rise:g} % of perplexity; the smallest losses are "
+            f"{min((o.retain_drop for o in found), default=math.nan):.1f} points and "
+            f"{min((o.perplexity_rise for o in found), default=math.nan):.1f} %"
+        )
+    return min(within, key=lambda o: (o.forget, -o.retain, o.perplexity))
+
+
+def unlearn_flags(outcome: Outcome, fixed: str) -> str:
+    """The flags of ``rmu unlearn`` for an outcome: what varied, and what else is not at its default.
+
+    Args:
+        fixed: the column of that name.
+    """
+    from rmu.config import RMUConfig
+
+    settings = json.loads(fixed)
+    # What the defaults are once a configuration has filled them in.
+    defaults = RMUConfig(output_dir=".", use_cpu=True).method_settings()
+    other = {k: v for k, v in settings.items() if k in defaults and v != defaults[k]}
+    if settings.get("lora_alpha") == 0:
+        other.pop("lora_alpha", None)
+    chosen = {k: v for k, v in outcome.settings.items() if k in ("method", "layer") or v != defaults[k]}
+    flags = []
+    for name, value in {**chosen, **other}.items():
+        values = value if isinstance(value, list) else [value]
+        texts = [
+            f"{v:g}"
+            if isinstance(v, float)
+            else str(v).lower()
+            if isinstance(v, bool)
+            else shlex.quote(str(v))
+            for v in values
+        ]
+        flags.append(f"--{name} {' '.join(texts)}")
+    return " ".join(flags)
+
+
+def describe_run(settings: dict[str, Any], seed: bool = True) -> str:
+    """A run in a few words."""
+    parts = [settings["method"]]
+    if settings.get("scope"):
+        parts.append(settings["scope"])
+    if settings["relative"]:
+        parts.append("relative")
+    parts.append(f"layer {settings['layer']}")
+    for name in ("coefficient", "scale", "alpha"):
+        if settings.get(name) is not None:
+            parts.append(f"{name} {settings[name]:g}")
+    if settings["retain_noise"]:
+        parts.append(f"retain_noise {settings['retain_noise']:g}")
+    if seed:
+        parts.append(f"seed {settings['seed']}")
+    return " ".join(parts)
+
+
+def revision() -> str:
+    """The git revision of this code, marked when it is changed; empty outside a checkout."""
+    package = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", str(package), str(package.parent / "rmu_kernels"))
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _run_key(settings: dict[str, Any]) -> str:
+    values = [settings.get(name) for name in SWEPT]
+    # 5 and 5.0 are one setting.
+    return json.dumps([v if v is None or isinstance(v, str) else float(v) for v in values])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+_TEXT = ("sweep", "method", "scope", "date", "revision", "machine", "torch", "transformers", "fixed")
+_WHOLE = ("seed", "layer", "forget_questions", "retain_questions", "threads")
+
+
+def _typed(reader: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
+    def convert(name: str, text: str) -> Any:
+        if text == "" and name not in _TEXT[3:]:
+            return None
+        if name in _TEXT:
+            return text
+        if name == "relative":
+            return text == "True"
+        return int(text) if name in _WHOLE else float(text)
+
+    return [{name: convert(name, row[name]) for name in COLUMNS} for row in reader]

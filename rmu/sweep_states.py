@@ -1,0 +1,231 @@
+"""States that the runs of a sweep share: frozen passes recorded once for all layers, within a bound."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rmu.cache import batch_digest
+from rmu.recording import FrozenPass, decoder_layers, hidden_state
+from rmu.window import LayerWindow
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Leave(Exception):
+    """Raised by a hook to leave the forward pass."""
+
+
+class StateStore:
+    """Named tensors in host memory, or in files of a temporary folder, never more than ``bound`` bytes of them.
+
+    Args:
+        bound: bytes, 0 or more.
+        folder: where the temporary folder is made; default: keep the tensors in memory.
+    """
+
+    def __init__(self, bound: int, folder: str | Path | None = None) -> None:
+        if bound < 0:
+            raise ValueError(f"cache_size: got {bound / 1e9:g}, expected 0 or more")
+        self.bound, self.used = bound, 0
+        self._sizes: dict[str, int] = {}
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+        self._temporary = None
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self._temporary = tempfile.TemporaryDirectory(prefix=".rmu-sweep-", dir=folder)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._sizes
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def has_room(self, size: int) -> bool:
+        """Whether ``size`` more bytes are within the bound."""
+        return self.used + size <= self.bound
+
+    def put(self, key: str, tensors: dict[str, Tensor]) -> bool:
+        """Keep tensors under a new key; returns whether they fit in."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if not self.has_room(size):
+            return False
+        tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        if self._temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self._path(key))
+        else:
+            self._tensors[key] = tensors
+        self._sizes[key] = size
+        self.used += size
+        return True
+
+    def get(self, key: str, name: str, device: torch.device) -> Tensor:
+        """One tensor, on ``device``."""
+        if self._temporary:
+            with safe_open(self._path(key), framework="pt") as file:
+                return file.get_tensor(name).to(device)
+        return self._tensors[key][name].to(device)
+
+    def drop(self, key: str) -> None:
+        """Forget a key, if it is there."""
+        if key in self._sizes:
+            self.used -= self._sizes.pop(key)
+            self._tensors.pop(key, None)
+            if self._temporary:
+                os.remove(self._path(key))
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._sizes.clear()
+        self._tensors.clear()
+        self.used = 0
+        if self._temporary:
+            self._temporary.cleanup()
+
+    def _path(self, key: str) -> Path:
+        assert self._temporary is not None
+        return Path(self._temporary.name) / f"{key}.safetensors"
+
+
+class RecordedPass(NamedTuple):
+    """The key of a pass's states in the store, and the arguments of each layer's call."""
+
+    key: str
+    calls: dict[int, Call]
+
+
+class FrozenPasses:
+    """Passes of a model with its original weights, each run once for all the layers wanted.
+
+    State ``b`` is the input of layer ``b`` (so the output of layer ``b - 1``).
+
+    Args:
+        model: the whole causal model or its base model; it must have its original weights whenever a pass is asked for.
+        states: which states to keep, from 0 to the number of layers.
+        store: where they are kept.
+    """
+
+    def __init__(self, model: PreTrainedModel, states: Iterable[int], store: StateStore) -> None:
+        self.model = model.base_model
+        self.layers = decoder_layers(self.model, model.config.get_text_config().num_hidden_layers)
+        self.states = sorted(set(states))
+        self.store = store
+        self._recorded: dict[str, RecordedPass] = {}
+        self.passes_run = 0
+
+    def clear(self) -> None:
+        """Forget all passes."""
+        for key in self._recorded:
+            self.store.drop(key)
+        self._recorded.clear()
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> RecordedPass | None:
+        """The pass of a batch, each ``[B, T]``; ``None`` where its states find no room in the store."""
+        key = batch_digest(input_ids, attention_mask, position_ids)[:32]
+        if key not in self._recorded:
+            width = self.model.config.get_text_config().hidden_size
+            element = torch.finfo(self.model.dtype).bits // 8
+            if not self.store.has_room(len(self.states) * input_ids.numel() * width * element):
+                return None
+            states, calls = self._run(input_ids, attention_mask, position_ids)
+            if not self.store.put(key, states):
+                return None
+            self._recorded[key] = RecordedPass(key, calls)
+        return self._recorded[key]
+
+    @torch.no_grad()
+    def _run(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[int, Call]]:
+        states: dict[str, Tensor] = {}
+        calls: dict[int, Call] = {}
+        last = self.states[-1]
+
+        def enter(index: int) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if args:
+                    hidden, args = args[0], args[1:]
+                else:
+                    kwargs = dict(kwargs)
+                    hidden = kwargs.pop("hidden_states")
+                if index in self.states:
+                    states[str(index)] = hidden
+                calls[index] = (args, kwargs)
+                if index == last:
+                    raise _Leave
+
+            return hook
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            states[str(last)] = hidden_state(output)
+            raise _Leave
+
+        layers = list(self.layers)
+        handles = [
+            layer.register_forward_pre_hook(enter(i), with_kwargs=True)
+            for i, layer in enumerate(layers)
+            if self.states[0] <= i <= last
+        ]
+        if last == len(layers):
+            handles.append(layers[-1].register_forward_hook(leave))
+        self.passes_run += 1
+        try:
+            positions = {} if position_ids is None else {"position_ids": position_ids}
+            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+        except _Leave:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return states, calls
+
+
+class RecordedWindow(LayerWindow):
+    """A layer window whose frozen passes come from the record that all windows on the model share.
+
+    Args:
+        passes: the record; its states hold those of this window's first trained and of its hooked layer.
+        Others: as for :class:`rmu.window.LayerWindow`, on the whole model.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layer: int, *, passes: FrozenPasses | None = None, **settings: Any
+    ) -> None:
+        super().__init__(model, layer, **settings)
+        self.passes = passes
+
+    @property
+    def states(self) -> tuple[int, int]:
+        """The states that a frozen pass consists of: the input of layer ``k`` and the output of layer ``l``."""
+        return self.first_layer, self.layer + 1
+
+    def frozen(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        hidden: bool = True,
+    ) -> FrozenPass:
+        """As in ``LayerWindow``, bit for bit; run only where the batch is not in the record."""
+        recorded = self.passes(input_ids, attention_mask, position_ids) if self.passes else None
+        if self.passes is None or recorded is None:
+            return super().frozen(input_ids, attention_mask, position_ids, hidden=hidden)
+        first, last = self.states
+        get, device = self.passes.store.get, input_ids.device
+        return FrozenPass(
+            entry=get(recorded.key, str(first), device),
+            arguments=[recorded.calls[i] for i in range(first, last)],
+            hidden=get(recorded.key, str(last), device) if hidden else None,
+        )

@@ -1,0 +1,243 @@
+"""Every benchmark runs at its smallest size, its rows appear, and the page is drawn from them."""
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import (
+    bench_adaptive_cost,
+    bench_kernels,
+    bench_scaling,
+    bench_step,
+    bench_sweep,
+    cases,
+    compare,
+    plot,
+    results,
+    run,
+    tables,
+    timing,
+)
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/performance.md", "docs/kernels.md")
+SCRIPTS = {
+    "kernels": bench_kernels,
+    "step": bench_step,
+    "adaptive_cost": bench_adaptive_cost,
+    "sweep": bench_sweep,
+    "scaling": bench_scaling,
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A folder with what each benchmark has written."""
+    folder = tmp_path_factory.mktemp("results")
+    for script in SCRIPTS.values():
+        arguments = ["--toy", "--device", "cpu", "--results", str(folder), "--seconds"]
+        # The adaptive cost fills its time; the others stop where they are done.
+        assert script.main([*arguments, "1" if script is bench_adaptive_cost else "100"]) == 0
+    return folder
+
+
+def read(folder, name):
+    with open(folder / f"{name}.csv", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_run_names_every_benchmark():
+    assert set(run.WEIGHTS) == {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert set(run.WEIGHTS) == {f"bench_{name}" for name in SCRIPTS}
+
+
+def test_kernels(measured):
+    rows = read(measured, "kernels")
+    assert {row["function"] for row in rows} == set(cases.FUNCTIONS)
+    assert {row["provider"] for row in rows} == {*cases.PROVIDERS, "copy"}
+    assert {row["mode"] for row in rows} == set(cases.MODES)
+    for row in rows:
+        assert row["right"] == "True" and float(row["milliseconds"]) > 0 and not row["note"], row
+        assert row["machine"] and row["revision"] and row["torch"] == torch.__version__
+
+
+def test_steps(measured):
+    rows = {row["provider"]: row for row in read(measured, "steps")}
+    assert set(rows) == {"released", "truncated", "ours", bench_step.OURS_IN_BF16}
+    for row in rows.values():
+        assert row["same_losses"] == "True" and float(row["loss_difference"]) < 1e-4
+        assert float(row["step_seconds"]) > 0 and int(row["peak_bytes"]) > 2**20
+    assert [row["phase"] for row in read(measured, "phases")] == list(bench_step.PHASES)
+
+
+def test_adaptive_cost(measured):
+    rows = read(measured, "adaptive_cost")
+    cells = {(row["level"], row["scope"], row["cached"]) for row in rows}
+    assert len(cells) == len(rows) == 11
+    assert all(float(row["low"]) <= float(row["ratio"]) <= float(row["high"]) for row in rows)
+
+
+def test_sweep(measured):
+    released, ours = read(measured, "sweep")
+    assert (released["provider"], ours["provider"]) == ("released", "ours")
+    assert ours["same_losses"] == "True" and float(ours["loss_difference"]) < 1e-4
+    assert len(set(ours["losses"].split())) == 4
+
+
+def test_scaling(measured):
+    rows = read(measured, "scaling")
+    curves = {row["curve"] for row in rows}
+    assert curves == {"tokens", "layers", "hidden", "topics", "processes"} and len(rows) == 2 * len(curves)
+
+
+def test_page_is_drawn(measured, tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name in PAGES:
+        shutil.copy(ROOT / name, tmp_path / name)
+    assert plot.main(["--results", str(measured), "--root", str(tmp_path)]) == 0
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    assert (tmp_path / "docs" / "scaling_cpu.png").is_file() and "scaling_cpu.png" in page
+    assert page.count(tables.NOT_MEASURED) >= 6, "the GPU's columns"
+    plot.main(["--results", str(measured), "--root", str(tmp_path)])
+    assert (tmp_path / "docs" / "performance.md").read_text() == page, "drawing twice changes nothing"
+
+
+def test_committed_page_is_drawn_from_committed_results(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name in PAGES:
+        shutil.copy(ROOT / name, tmp_path / name)
+    plot.main(["--root", str(tmp_path)])
+    for name in PAGES:
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text(), f"{name}: run make figures"
+
+
+def test_no_speedup_for_a_wrong_kernel(tmp_path, monkeypatch):
+    """A fast provider whose gradient is wrong is called wrong, and compared with nobody."""
+    right = cases.ours
+    case = cases.Case("rmu_loss, RMU", 4, 64)
+
+    def wrong(function, inputs):
+        loss = right(function, inputs)
+        return loss.detach() + 0.9 * (loss - loss.detach())
+
+    monkeypatch.setattr(cases, "ours", wrong)
+    rows = bench_kernels.measure(case, "forward + backward", ("eager bf16", "ours"), "cpu", 0.01)
+    results.append(tmp_path, "kernels", rows, "cpu")
+    assert [row["right"] for row in rows] == [True, True, False]
+    (line,) = plot.plot_kernels.kernel_table(tables.Results(tmp_path).latest("kernels", "cpu")).splitlines()[
+        2:
+    ]
+    assert "wrong result" in line and "x |" not in line and "%" not in line
+
+
+def test_errors_see_what_is_wrong():
+    case = cases.Case("rmu_loss, Adaptive RMU", 16, 64, masked=True)
+    inputs = cases.make_inputs(case, "cpu")
+    call = cases.call(
+        cases.loss_function("ours", case, inputs), "backward scaled", inputs.trained(case.function)
+    )
+    loss, forget, retain = call()
+    assert not cases.errors(case, inputs, "backward scaled", (loss, forget, retain)).wrong
+    for broken in ((1.05 * loss, forget, retain), (loss, 1.05 * forget, retain), (loss, forget, 0 * retain)):
+        assert cases.errors(case, inputs, "backward scaled", broken).wrong
+    assert cases.errors(case, inputs, "forward", (loss * float("nan"),)).wrong
+
+
+def test_no_speedup_for_other_losses(tmp_path):
+    task = bench_step.planned_tasks("cpu", toy=True)[0]
+    baseline = bench_step.Run([1.0, 1.0], [0.5, 0.4], 10**9)
+    rows = [bench_step.row_of(task) | bench_step.measured(baseline, baseline) | {"note": ""}]
+    for provider, losses in (("truncated", [0.5, 0.4]), ("ours", [0.5, 0.41])):
+        other = bench_step.Run([0.5, 0.5], losses, 10**9)
+        row = (
+            bench_step.row_of(task)
+            | bench_step.measured(other, baseline)
+            | {"note": "", "provider": provider}
+        )
+        rows.append(row)
+    results.append(tmp_path, "steps", rows, "cpu")
+    frame = tables.Results(tmp_path).latest("steps", "cpu")
+    lines = plot.plot_steps.step_table(frame).splitlines()[2:]
+    assert "2.00x" in lines[1] and "2.00x" not in lines[2] and "wrong result" in lines[2]
+
+
+def test_rows_of_other_columns_are_refused(tmp_path):
+    results.append(tmp_path, "x", [{"a": 1}], "cpu")
+    results.append(tmp_path, "x", [{"a": 2}], "cpu")
+    assert [row["a"] for row in read(tmp_path, "x")] == ["1", "2"]
+    with pytest.raises(ValueError, match="columns"):
+        results.append(tmp_path, "x", [{"b": 1}], "cpu")
+
+
+def test_latest_is_of_one_machine_and_revision(tmp_path):
+    rows = [{"curve": "tokens", "size": size, "seconds": float(i)} for i, size in enumerate((1, 2, 1))]
+    results.append(tmp_path, "scaling", rows, "cpu")
+    text = (tmp_path / "scaling.csv").read_text().splitlines()
+    old = text[1].replace(results.revision(), "older")
+    (tmp_path / "scaling.csv").write_text("\n".join([text[0], old, *text[1:]]) + "\n")
+    latest = tables.Results(tmp_path).latest("scaling", "cpu")
+    assert sorted(zip(latest["size"], latest.seconds, strict=True)) == [(1, 2.0), (2, 1.0)]
+    assert len(tables.Results(tmp_path).latest("scaling", "cuda")) == 0
+
+
+def test_intervals_and_slopes():
+    ratio, low, high = timing.ratio_interval([1.1, 1.1, 1.1, 1.2], [1.0, 1.0, 1.0, 1.0])
+    assert ratio == pytest.approx(1.1) and low <= ratio <= high <= 1.2
+    slope, error = timing.fitted_slope([1, 2, 4], [3.0, 12.0, 48.0])
+    assert slope == pytest.approx(2) and error == pytest.approx(0, abs=1e-9)
+    assert compare.ratio_of_rounds([(2.0, 1.0), (2.0, 1.0)]) == pytest.approx((2, 2, 2))
+    low, high = compare.ratio_of_rounds([(2.0, 1.0), (8.0, 1.0), (4.0, 1.0)])[1:]
+    assert low == pytest.approx(4 / high * 4) and low < 2 and high > 8
+
+
+def test_one_failure_stops_nothing_and_is_told(monkeypatch, tmp_path):
+    ran = []
+
+    def fake(command, seconds):
+        ran.append(command[0])
+        return "sweep" not in command[0]
+
+    monkeypatch.setattr(run, "ran", fake)
+    monkeypatch.setattr(sys, "argv", ["run", "--gpu", "--results", str(tmp_path)])
+    assert run.main() == 1
+    assert ran == ["pytest", *(f"benchmarks.{name}" for name in run.WEIGHTS)]
+    monkeypatch.setattr(run, "ran", lambda command, seconds: True)
+    assert run.main() == 0
+
+
+def test_a_run_that_takes_too_long_is_ended():
+    assert not run.ran(["timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)"], 1.0)
+
+
+def test_tripwire_runs():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable"]
+    result = subprocess.run(
+        [*command, "benchmarks/test_bench.py"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_compare_refuses_an_unknown_revision(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["no-such-revision"])
+    assert stopped.value.code == 2 and "no-such-revision" in capsys.readouterr().err
+
+
+def test_compare_takes_the_packages_of_the_revision(monkeypatch, capsys):
+    """Two rounds, the order turned; the benchmarks themselves are left out."""
+    seen = []
+
+    def fake(root, keyword):
+        seen.append((root == results.ROOT, (root / "rmu_kernels" / "__init__.py").is_file(), keyword))
+        return {"a": 2.0, "b": 1.0} if root == results.ROOT else {"a": 1.0}
+
+    monkeypatch.setattr(compare, "run_benchmarks", fake)
+    assert compare.main(["HEAD", "--rounds", "2", "-k", "x"]) == 0
+    assert seen == [(first, True, "x") for first in (True, False, False, True)]
+    printed = capsys.readouterr().out
+    assert "2.000 [2.000, 2.000] slower" in printed and "does not run with HEAD" in printed

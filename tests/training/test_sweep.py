@@ -1,0 +1,348 @@
+"""A sweep equals separate runs, shares their work within its bound, and can be stopped and continued."""
+
+import csv
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rmu import RMUConfig, RMUTrainer
+from rmu import sweep as sweep_module
+from rmu.cli import main
+from rmu.commands.sweep import parse_sweep
+from rmu.config import UnlearningArguments
+from rmu.data import load_corpus
+from rmu.demo import DATA, TASKS_PATH, VALIDATION_TASKS
+from rmu.evaluation import evaluate_tasks, perplexity
+from rmu.recording import decoder_layers
+from rmu.sweep import Sweep, SweepArguments, run_sweep, sweep_runs
+from rmu.sweep_evaluation import RowScorer, SweepEvaluator, _hosts
+from rmu.sweep_results import read_rows
+from rmu.sweep_states import FrozenPasses, RecordedWindow, StateStore
+from rmu.unlearn import unlearn
+from rmu.window import LayerWindow
+from tests.tiny import random_texts, tiny_folder, tiny_model, word_tokenizer, write_jsonl
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SETTINGS = dict(
+    max_steps=4,
+    learning_rate=1e-3,
+    forget_max_length=16,
+    retain_max_length=16,
+    use_cpu=True,
+    disable_tqdm=True,
+)
+SETTINGS |= dict(dtype="float32", report_to="none")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny model, corpora and a task of questions with sides."""
+    folder = tmp_path_factory.mktemp("sweep")
+    tiny_folder(folder / "model", shards=False)
+    for name, seed in (("forget", 1), ("retain", 3), ("prose", 4)):
+        write_jsonl(folder / f"{name}.jsonl", random_texts(seed))
+    lines = [
+        {
+            "side": "forget" if i % 2 else "retain",
+            "domain": "words",
+            "q": text,
+            "options": ["w1", "w2 w3", "w4 w5 w6", "w7"],
+            "gold": i % 4,
+        }
+        for i, text in enumerate(random_texts(6, number=24))
+    ]
+    (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "words.yaml").write_text(
+        "task: words\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder / 'docs.jsonl'}}}}}\n"
+        "doc_to_text: q\ndoc_to_choice: options\ndoc_to_target: gold\nmetric_list: [{metric: acc}]\n"
+    )
+    return SimpleNamespace(
+        model=str(folder / "model"),
+        forget=str(folder / "forget.jsonl"),
+        retain=str(folder / "retain.jsonl"),
+        prose=str(folder / "prose.jsonl"),
+        tasks=str(folder / "tasks"),
+    )
+
+
+def given(place, **changes):
+    settings = dict(forget_tasks=["words"], retain_tasks=["words"], include_path=place.tasks)
+    return UnlearningArguments(
+        model=place.model, forget=[place.forget], retain=[place.retain], **{**settings, **changes}
+    )
+
+
+def wanted(place, results, **changes):
+    settings = dict(layers=[1, 3], coefficients=[2.0, 8.0], scales=[3.0], alphas=[10.0], prose=place.prose)
+    return SweepArguments(results=str(results), **{**settings, **changes})
+
+
+def shared(place, config, sweep, bound=10**9):
+    model = AutoModelForCausalLM.from_pretrained(place.model, dtype=config.dtype)
+    store = StateStore(bound)
+    runs = sweep_runs(sweep, config, 4)
+    texts = {name: [load_corpus(getattr(place, name))] for name in ("forget", "retain")}
+    return Sweep(model, word_tokenizer(), config, **texts, runs=runs, store=store, folder=config.output_dir)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_of_a_sweep_trains_what_rmu_unlearn_trains_bit_for_bit(place, tmp_path, dtype):
+    settings = {**SETTINGS, "dtype": dtype, "parameter_dtype": "float32", "seed": 3, "scope": "first_batch"}
+    config = RMUConfig(output_dir=str(tmp_path), **settings)
+    listed = wanted(place, "", layers=[2, 3], coefficients=[8.0], retain_noises=[0.5])
+    sweep = shared(place, config, listed)
+    for run in sweep.runs:
+        found = dict(sweep.train(run).window.trained_tensors())
+        single = RMUConfig(output_dir=str(tmp_path / "single"), **{**settings, **run.settings()})
+        trainer = RMUTrainer(
+            place.model, single, forget=sweep.forget, retain=sweep.retain, processing_class=word_tokenizer()
+        )
+        trainer.train()
+        expected = dict(trainer.window.trained_tensors())
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected), run
+    # 4 steps of two sides, once for 4 runs.
+    assert sweep.passes.passes_run == 8
+
+
+def test_a_saved_run_has_the_accuracy_that_the_sweep_measured(place, tmp_path):
+    config = RMUConfig(**SETTINGS)
+    results = run_sweep(
+        given(place), config, wanted(place, tmp_path / "s.csv", methods=["rmu"], coefficients=[8.0]), say=len
+    )
+    row = next(row for row in results.rows if row["layer"] == 3)
+    single = RMUConfig(
+        output_dir=str(tmp_path / "out"), **SETTINGS, method="rmu", layer=3, coefficient=8.0, alpha=10.0
+    )
+    unlearn(UnlearningArguments(model=place.model, forget=[place.forget], retain=[place.retain]), single)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    rows = {r["side"]: r for r in evaluate_tasks(model, word_tokenizer(), ["words"], place.tasks)}
+    prose = load_corpus(place.prose)[:]["text"]
+    assert (row["forget"], row["retain"]) == pytest.approx(
+        (rows["forget"]["accuracy"], rows["retain"]["accuracy"]), abs=1e-5
+    )
+    assert (row["forget_questions"], row["retain_questions"]) == (12, 12)
+    measured = perplexity(model, word_tokenizer(), prose)["perplexity"]
+    assert row["perplexity"] == pytest.approx(measured, rel=1e-5)
+    assert row["perplexity"] != pytest.approx(row["base_perplexity"], rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "falcon", "gemma3_text", "gpt2"])
+def test_scores_above_a_stored_state_are_those_of_the_whole_model(architecture):
+    model = tiny_model(architecture)
+    source = torch.Generator().manual_seed(0)
+    rows = [
+        (torch.randint(3, 90, (n,), generator=source).tolist(), scored)
+        for n, scored in ((12, 3), (5, 1), (9, 8), (7, 2))
+    ]
+    # What the first begins with, alone and with another last token, needs no row of its own.
+    rows += [(rows[0][0][:6], 2), ([*rows[0][0][:6], 50], 1)]
+    expected = []
+    for tokens, scored in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+        own = logits[range(len(tokens) - 1), tokens[1:]][-scored:]
+        expected.append(own.sum().item())
+    store = StateStore(10**6)
+    scorer = RowScorer(model, rows, 2, store, "x")
+    layers = model.config.num_hidden_layers
+    for first in (0, 2, 3, 1, 0):
+        scorer.advance(first)
+        assert len(store) == (2 if first else 0)
+        assert [score for score, _ in scorer.scores()] == pytest.approx(expected, rel=1e-4)
+    assert all("forward" not in vars(layer) for layer in decoder_layers(model.base_model, layers))
+
+
+def test_rows_that_another_begins_with_are_read_off_from_it():
+    assert _hosts([[1], [1, 2, 3], [1, 2], [1, 3], [2], [1, 2, 3]]) == [5, 5, 5, 3, 4, 5]
+
+
+def test_stored_states_are_used_not_recomputed():
+    model = tiny_model()
+    scorer = RowScorer(model, [([3, 4, 5, 6], 2)], 2, StateStore(10**6), "x")
+    scorer.advance(2)
+    before = scorer.scores()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+    assert scorer.scores() == before
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.zero_()
+    assert scorer.scores() != before
+
+
+def batch(seed, rows=3, tokens=10):
+    source = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 90, (rows, tokens), generator=source), torch.ones(rows, tokens, dtype=torch.long)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_recorded_passes_are_bit_equal_and_within_the_bound(tmp_path, on_disk):
+    model = tiny_model()
+    state = 3 * 10 * 32 * 4
+    store = StateStore(2 * 3 * state + 2 * state, tmp_path if on_disk else None)
+    passes = FrozenPasses(model, {0, 3, 4}, store)
+    for _ in range(2):
+        for seed in range(3):
+            for layer in (2, 3):
+                window = RecordedWindow(model, layer, passes=passes, trained_layers=[0, layer])
+                found = window.frozen(*batch(seed))
+                plain = LayerWindow(model, layer, trained_layers=[0, layer]).frozen(*batch(seed))
+                assert torch.equal(found.hidden, plain.hidden) and torch.equal(found.entry, plain.entry)
+                assert torch.equal(window(found)[0], plain.hidden)
+                assert store.used <= store.bound
+    # Two batches have room and are run once each; the third never has.
+    assert len(store) == 2 and passes.passes_run == 2
+    store.close()
+    assert list(tmp_path.iterdir()) == [] and store.used == 0
+
+
+def test_a_store_drops_and_refuses(tmp_path):
+    store = StateStore(100, tmp_path)
+    assert store.put("a", {"x": torch.ones(20)}) and not store.put("b", {"x": torch.ones(20)})
+    assert torch.equal(store.get("a", "x", torch.device("cpu")), torch.ones(20))
+    store.drop("a")
+    assert store.put("b", {"x": torch.ones(20)}) and "a" not in store
+    store.close()
+    with pytest.raises(ValueError, match="cache_size: got -1"):
+        StateStore(-(10**9))
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(place, tmp_path, monkeypatch):
+    path = tmp_path / "s.csv"
+    train, trained = Sweep.train, []
+
+    def stop_at_the_third(self, run):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(run)
+        return train(self, run)
+
+    monkeypatch.setattr(Sweep, "train", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(given(place), RMUConfig(**SETTINGS), wanted(place, path), say=len)
+    assert len(read_rows(path)) == 2
+    said = []
+    monkeypatch.setattr(Sweep, "train", lambda self, run: trained.append(run) or train(self, run))
+    results = run_sweep(given(place), RMUConfig(**SETTINGS), wanted(place, path), say=said.append)
+    assert len(trained) == len(set(trained)) == len(results.rows) == len(read_rows(path)) == 6
+    assert "6 runs, 2 of them done before" in said[0] and "left" in said[-1]
+    assert list(tmp_path.iterdir()) == [path]
+
+    # Complete: nothing is run or measured any more.
+    monkeypatch.setattr(sweep_module, "_run_all", None)
+    run_sweep(given(place), RMUConfig(**SETTINGS), wanted(place, path), say=len)
+
+
+def test_other_settings_start_anew_and_say_what_changed(place, tmp_path):
+    path, sweep = tmp_path / "s.csv", dict(layers=[1], methods=["rmu"], coefficients=[2.0])
+    run_sweep(given(place), RMUConfig(**SETTINGS), wanted(place, path, **sweep), say=len)
+    said = []
+    changed = RMUConfig(**{**SETTINGS, "max_steps": 2})
+    results = run_sweep(given(place), changed, wanted(place, path, **sweep), say=said.append)
+    assert "max_steps was 4, is 2" in said[0] and len(results.rows) == 1
+    rows = read_rows(path)
+    assert len(rows) == 2 and rows[0]["sweep"] != rows[1]["sweep"]
+    # The same file name with other texts is another sweep too.
+    write_jsonl(tmp_path / "forget.jsonl", random_texts(9))
+    other = UnlearningArguments(**{**vars(given(place)), "forget": [str(tmp_path / "forget.jsonl")]})
+    run_sweep(other, changed, wanted(place, path, **sweep), say=said.append)
+    assert "contents was" in " ".join(said) and len(read_rows(path)) == 3
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(place, tmp_path, monkeypatch):
+    path = tmp_path / "s.csv"
+    sweep = wanted(place, path, layers=[1], methods=["rmu"])
+    replace, calls = os.replace, []
+
+    def fail_at_the_second(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("no space left")
+        replace(source, target)
+
+    monkeypatch.setattr("rmu.sweep_results.os.replace", fail_at_the_second)
+    with pytest.raises(OSError, match="no space"):
+        run_sweep(given(place), RMUConfig(**SETTINGS), sweep, say=len)
+    with open(path, newline="") as stream:
+        assert len(list(csv.DictReader(stream))) == 1
+
+
+def test_runs_are_the_product_without_what_means_nothing():
+    config = RMUConfig(use_cpu=True)
+    sweep = SweepArguments(
+        layers=[5, 3], coefficients=[1.0, 2.0], scales=[5.0], scopes=["token", "batch", "first_batch"],
+        relatives=["false", "true"], retain_noises=[0.0, 0.1], seeds=[1, 0],
+    )  # fmt: skip
+    runs = sweep_runs(sweep, config, 8)
+    # rmu: 2 coefficients; adaptive: 3 scopes, and relative with token.
+    assert len(runs) == len(set(runs)) == 2 * 2 * 2 * (2 + 3 + 1)
+    assert [(run.seed, run.layer) for run in runs] == sorted((run.seed, run.layer) for run in runs)
+    assert {run.scope for run in runs if run.relative} == {"token"}
+    assert all((run.scale is None) == (run.method == "rmu") == (run.coefficient is not None) for run in runs)
+    assert {run.layer for run in sweep_runs(SweepArguments(), config, 8)} == {3, 4, 5, 6, 7}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "config", "message"),
+    [
+        (dict(layers=[9]), {}, "layers: got 9, expected 0 to 3"),
+        (dict(relatives=["maybe"]), {}, "relatives: got"),
+        (dict(), dict(scale=["auto"]), "scales: not given, and scale is"),
+        (dict(methods=["nothing"]), {}, "method: got 'nothing'"),
+        (dict(), dict(lora_rank=4), "lora_rank: got 4"),
+        (dict(), dict(trained_parameters="nothing"), "matches nothing"),
+    ],
+)
+def test_bad_settings_are_found_before_anything_runs(place, tmp_path, monkeypatch, sweep, config, message):
+    monkeypatch.setattr(SweepEvaluator, "measure", None)
+    settings = {**SETTINGS, **config}
+    base = wanted(place, tmp_path / "s.csv", scales=[])
+    with pytest.raises(ValueError, match=message):
+        run_sweep(given(place), RMUConfig(**settings), SweepArguments(**{**vars(base), **sweep}), say=len)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_of_a_single_run_are_refused(place, tmp_path):
+    for changes, message in (
+        (dict(forget_tasks=[]), "forget_tasks: got none"),
+        (dict(stop_plateau=3), "stop_plateau: a sweep"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_sweep(given(place, **changes), RMUConfig(**SETTINGS), wanted(place, tmp_path / "s.csv"))
+
+
+def test_a_run_whose_loss_is_not_finite_has_no_row_and_stops_nothing(place, tmp_path):
+    sweep = wanted(place, tmp_path / "s.csv", layers=[1], methods=["rmu"], coefficients=[1e30, 2.0])
+    said = []
+    settings = {**SETTINGS, "logging_steps": 1}
+    results = run_sweep(given(place), RMUConfig(**settings), sweep, say=said.append)
+    assert [row["coefficient"] for row in results.rows] == [2.0]
+    assert sum("the loss is not finite" in line for line in said) == 1
+
+
+@pytest.mark.parametrize(("name", "number"), [("layer_sweep", 108), ("method_sweep", 60)])
+def test_the_committed_sweeps_are_settings_of_rmu_sweep(monkeypatch, name, number):
+    monkeypatch.setattr("rmu.demo.model.demo_model", lambda: "model")
+    arguments, config, sweep = parse_sweep(["--config", str(BENCHMARKS / f"{name}.yaml"), "--use_cpu"])
+    assert len(sweep_runs(sweep, config, 30)) == number
+    assert arguments.model == "model" and arguments.forget == [str(DATA / "forget.jsonl.gz")]
+    assert set(arguments.forget_tasks) < set(VALIDATION_TASKS) and arguments.include_path == str(TASKS_PATH)
+    assert config.trained_parameters == r"mlp\.(gate|up|down)_proj\.weight"
+
+
+def test_texts_need_their_tasks_and_each_other(capsys):
+    for argv, message in (
+        (["--forget", "f", "--model", "m"], "retain: not given"),
+        (["--layer_list", "3"], "unknown argument --layer_list"),
+        (["--layers", "three"], "invalid int value"),
+    ):
+        assert main(["sweep", *argv, "--use_cpu"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

@@ -1,0 +1,180 @@
+"""The Pareto front, the choice by the rule, the figures and the command that prints the choice."""
+
+import csv
+import json
+import random
+
+import pytest
+
+from rmu.cli import main
+from rmu.figures import LIGHT
+from rmu.settings import parse_unlearn
+from rmu.sweep_figures import heat_map, layer_curves, pareto, write_figures
+from rmu.sweep_results import (
+    COLUMNS,
+    best,
+    describe_run,
+    last_sweep,
+    outcomes,
+    pareto_front,
+    read_rows,
+    unlearn_flags,
+)
+
+
+def row(forget, retain, perplexity=50.0, **changes):
+    settings = dict(seed=0, layer=5, method="adaptive", scale=5.0, alpha=150.0, scope="token")
+    settings |= dict(relative=False, retain_noise=0.0, sweep="b", fixed="{}")
+    settings |= dict(base_forget=0.6, base_retain=0.8, base_perplexity=50.0)
+    measured = dict(forget=forget, retain=retain, perplexity=perplexity)
+    return {**dict.fromkeys(COLUMNS), **settings, **measured, **changes}
+
+
+ROWS = [
+    row(0.20, 0.60, layer=3),
+    row(0.30, 0.795, 60.0, layer=4),
+    row(0.35, 0.795, 56.0, layer=5),
+    row(0.35, 0.800, 57.0, layer=6),
+    row(0.35, 0.800, 55.0, layer=7),
+    row(0.59, 0.80, layer=8),
+    row(0.55, 0.70, layer=5, method="rmu", coefficient=6.5, scale=None, scope=None),
+]
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_the_best_is_the_lowest_within_the_bounds_and_ties_go_to_retain_then_perplexity():
+    found = outcomes(ROWS)
+    # Layer 3 loses too much accuracy, layer 4 too much perplexity; 5, 6 and 7 forget alike.
+    assert best(found, 1, 15).settings["layer"] == 7
+    assert best(found, 1, 20).settings["layer"] == 4
+    assert best(found, 20, 20).settings["layer"] == 3
+    assert best(found, 0.5, 12).settings["layer"] == 7
+    with pytest.raises(ValueError, match=r"none of 7 settings .* smallest losses are 0.0 points and 0.0 %"):
+        best(found, -1, 15)
+
+
+def test_seeds_are_averaged():
+    found = outcomes([row(0.2, 0.8, seed=0), row(0.4, 0.7, seed=1), row(0.5, 0.5, layer=6)])
+    assert [outcome.seeds for outcome in found] == [2, 1]
+    assert (found[0].forget, found[0].retain) == pytest.approx((0.3, 0.75))
+    assert found[0].retain_drop == pytest.approx(5) and found[0].perplexity_rise == pytest.approx(0)
+
+
+def test_the_front_is_what_nothing_beats():
+    source = random.Random(0)
+    rows = [row(source.random(), source.random(), layer=i) for i in range(60)]
+    found = outcomes(rows)
+    front = pareto_front(found)
+    beaten = [
+        a for a in found if any(b.forget <= a.forget and b.retain >= a.retain and b is not a for b in found)
+    ]
+    assert {o.settings["layer"] for o in front} == {o.settings["layer"] for o in found if o not in beaten}
+    assert [o.forget for o in front] == sorted(o.forget for o in front)
+
+
+def test_rows_come_back_as_they_were(tmp_path):
+    rows = read_rows(write(tmp_path / "s.csv", ROWS))
+    assert outcomes(rows) == outcomes(ROWS)
+    assert last_sweep([row(1, 1, sweep="a"), *rows]) == rows
+    with pytest.raises(ValueError, match="no such file"):
+        read_rows(tmp_path / "none.csv")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="not a results file"):
+        read_rows(tmp_path / "other.csv")
+
+
+def test_the_heat_map_shows_every_accuracy():
+    figure = heat_map(outcomes(ROWS), LIGHT)
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == [
+        "Adaptive RMU, token: forget accuracy (%)",
+        "Adaptive RMU, token: retain accuracy (%)",
+        "RMU: forget accuracy (%)",
+        "RMU: retain accuracy (%)",
+    ]
+    forget = panels[0].images[0].get_array()
+    assert forget.shape == (1, 6) and list(forget[0]) == pytest.approx([20, 30, 35, 35, 35, 59])
+    assert [text.get_text() for text in panels[2].texts] == ["55"]
+    assert [label.get_text() for label in panels[2].get_xticklabels()] == list("345678")
+
+
+def test_the_other_figures_show_every_run():
+    curves = layer_curves(outcomes(ROWS), LIGHT)
+    (adaptive, rmu, base) = curves.axes[0].lines
+    assert list(adaptive.get_xdata()) == [3, 4, 5, 6, 7, 8] and list(rmu.get_ydata()) == pytest.approx([55])
+    assert base.get_ydata()[0] == pytest.approx(60)
+    points = pareto(outcomes(ROWS), LIGHT).axes[0].lines
+    assert sum(len(line.get_xdata()) for line in points[:2]) == len(ROWS)
+    assert [text.get_text() for text in pareto(outcomes(ROWS), LIGHT).axes[0].texts] == ["3", "4", "6"]
+
+
+def test_figures_are_written(tmp_path):
+    paths = write_figures(outcomes(ROWS), tmp_path / "new" / "layers")
+    assert [path.name for path in paths] == ["layers.png", "layers_heat_map.png", "layers_pareto.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    with pytest.raises(ValueError, match="no run yet"):
+        write_figures([], tmp_path / "none")
+
+
+def test_the_flags_give_the_setting_back():
+    from rmu.config import RMUConfig
+
+    fixed = RMUConfig(
+        output_dir="x", use_cpu=True, max_steps=60, learning_rate=1e-3, lr_scheduler_type="linear",
+        trained_parameters=r"mlp\.(up|down)_proj", parameter_dtype="float32", forget_max_length=64,
+    ).method_settings()  # fmt: skip
+    chosen = best(outcomes(ROWS), 1, 15)
+    flags = unlearn_flags(chosen, json.dumps(fixed))
+    import shlex
+
+    argv = [*shlex.split(flags), "--model", "m", "--forget", "f", "--retain", "r", "--use_cpu"]
+    _, config = parse_unlearn([*argv, "--output_dir", "o"])
+    expected = {**fixed, "method": "adaptive", "layer": 7, "scale": [5.0], "alpha": [150.0]}
+    assert config.method_settings() == {**expected, "scope": "token"}
+    assert "adam" not in flags and "lora" not in flags
+
+
+def test_best_on_the_command_line(tmp_path, capsys):
+    path = write(tmp_path / "s.csv", [row(0.1, 0.8, sweep="a", layer=9), *ROWS])
+    assert main(["sweep", "--best", "--results", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "rmu unlearn --layer 7 --method adaptive --scale 5" in out and "--alpha 150" in out
+    assert main(["sweep", "--best", "--results", str(path), "--max_retain_drop", "-1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("rmu: error: best: none of 7 settings") and error.count("\n") == 1
+
+
+def test_a_run_is_described():
+    text = describe_run(row(0, 0, relative=True, retain_noise=0.1))
+    assert text == "adaptive token relative layer 5 scale 5 alpha 150 retain_noise 0.1 seed 0"
+
+
+def test_the_section_on_layers_counts_the_layers_that_work(tmp_path, monkeypatch):
+    from benchmarks import sweeps
+
+    path = write(
+        tmp_path / "layers.csv",
+        [{**r, "revision": "abc", "date": "2026-01-01T00:00:00", "fixed": '{"max_steps": 60}'} for r in ROWS],
+    )
+    (tmp_path / "paper.md").write_text("before\n<!-- layers -->\nold\n<!-- /layers -->\nafter\n")
+    argv = ["sweeps.py", "layers", "--draw", "--results", str(path), "--figures", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", argv)
+    sweeps.main()
+    page = (tmp_path / "paper.md").read_text()
+    # Forget accuracy of at most (0.25 + 0.6) / 2 and retain accuracy of at least 0.75.
+    assert "| | layers 3 to 4 | layers 5 to 6 | layers 7 to 8 |" in page
+    assert "| Adaptive RMU, token, beta 5 | 1 of 2 | 2 of 2 | 1 of 2 |" in page
+    assert "| RMU, c 6.5 | 0 of 2 | 0 of 2 | 0 of 2 |" in page
+    assert (
+        "The claim holds here" in page
+        and "RMU with its best c works at 0 layers" in page
+        and "\nold\n" not in page
+    )
+    assert (tmp_path / "layers_heat_map.png").is_file()
