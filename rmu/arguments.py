@@ -62,6 +62,22 @@ def unlearn_parser(full_help: bool = False) -> HfArgumentParser:
     )
 
 
+def plan_parser(full_help: bool = False) -> HfArgumentParser:
+    """The parser of ``rmu plan``: that of ``rmu unlearn``, without corpora too."""
+    parser = settings_parser(
+        (UnlearningArguments, RMUConfig),
+        full_help,
+        prog="rmu plan",
+        usage="rmu plan [--config PRESET_OR_YAML] --model M [arguments of rmu unlearn]",
+        description="What a run with these arguments will read, train and keep: parameters, bytes, FLOPs a step. Only the model's "
+        "config is read; the corpora are counted, not opened.",
+    )
+    for action in parser._actions:
+        if action.dest in ("forget", "retain"):
+            action.required, action.default = False, []
+    return parser
+
+
 def settings_parser(types: tuple[type, ...], full_help: bool, **texts: str) -> HfArgumentParser:
     """A parser of dataclasses; ``full_help`` shows the flags of ``TrainingArguments`` too that ``--help`` leaves out."""
     parser = _SettingsParser(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 _READERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_MOST_NESTED = (
+    500  # brackets within brackets; at some tens of thousands the JSON readers overflow the stack and crash
+)
+_JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def load_corpus(
@@ -60,6 +66,8 @@ def load_corpus(
             reader = "text"
             rows = load_dataset(reader, data_files=str(path), split="train", keep_linebreaks=True)
         elif path.is_file() and reader:
+            if reader == "json":
+                _check_json(path, argument)
             rows = load_dataset(reader, data_files=str(path), split="train")
         elif path.is_file():
             raise ValueError(f"{argument}: {source} is none of {', '.join(_READERS)} (optionally compressed)")
@@ -68,7 +76,7 @@ def load_corpus(
         else:
             name, configuration, split = [*source.split(":", 2), None, None][:3]
             rows = load_dataset(name, configuration, split=split or "train")
-    except (DatasetGenerationError, OSError, ConnectionError) as error:
+    except (DatasetGenerationError, OSError, ConnectionError, EOFError) as error:
         reason = _access_advice(source.split(":")[0], error) or _first_line(error.__cause__ or error)
         raise ValueError(f"{argument}: {source} cannot be read: {reason}") from error
     column = "text" if reader == "text" else field
@@ -111,6 +119,21 @@ def _access_advice(name: str, error: BaseException) -> str | None:
             )
         step = step.__cause__ or step.__context__
     return None
+
+
+def _check_json(path: Path, argument: str) -> None:
+    """Refuse what pyarrow's reader (26.0 and before) crashes on: null in place of an object, and very deep nesting."""
+    from fsspec import open as open_any
+
+    depth = 0
+    with open_any(str(path), "rb", compression="infer") as stream:
+        for line in stream:
+            if depth == 0 and line.lstrip().startswith(b"null"):
+                raise ValueError(f"{argument}: {path} holds null where an object is expected")
+            for bracket in _JSON_STRING.sub(b"", line).translate(None, _NO_BRACKETS):
+                depth = depth + 1 if bracket in b"[{" else max(0, depth - 1)
+                if depth > _MOST_NESTED:
+                    raise ValueError(f"{argument}: {path} is JSON nested more than {_MOST_NESTED} deep")
 
 
 def _first_line(error: BaseException) -> str:

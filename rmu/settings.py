@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import reprlib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -41,8 +42,17 @@ def read_settings(source: str, known: Sequence[str]) -> dict[str, Any]:
         )
     try:
         settings = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: {source} is not valid YAML: {error}") from error
+    except (
+        yaml.YAMLError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as error:
+        # PyYAML's own constructors let the others through: !!int '', !!bool maybe, 2001-99-99.
+        raise ValueError(f"config: {source} is not valid YAML: {str(error)[:300]}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"config: {source} holds a {type(settings).__name__}, expected 'name: value' lines")
     for key in settings:
@@ -99,7 +109,7 @@ def _convert(action: argparse.Action, value: Any) -> Any:
             "accelerator_config",
             "fsdp_config",
         ):
-            raise ValueError(f"config: {action.dest}: got {value!r}, expected one value")
+            raise ValueError(f"config: {action.dest}: got {reprlib.repr(value)}, expected one value")
         return value
     if action.nargs == "+":
         return [_convert_one(action, v) for v in (value if isinstance(value, list) else [value])]
@@ -113,4 +123,4 @@ def _convert_one(action: argparse.Action, value: Any) -> Any:
             raise TypeError("expected one value")
         return convert(str(value))
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"config: {action.dest}: got {value!r}: {error}") from error
+        raise ValueError(f"config: {action.dest}: got {reprlib.repr(value)}: {error}") from error

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 
 from rmu import compat
 from rmu.auto import find_layer, find_target
+from rmu.base_fingerprint import base_fingerprint, check_base, edited_tensors
 from rmu.cache import make_store
 from rmu.checkpoint import local_folder, resolve_names, save_unlearned
 from rmu.coefficient import SteeringCoefficient
@@ -137,16 +139,26 @@ class RMUTrainer(ResumableTrainer):
         check_lengths(
             self.window.model, forget_max_length=lengths, retain_max_length=[args.retain_max_length]
         )
+        prefix = self.window.model.base_model_prefix + "."
         # Found out before training, not after it.
         self.stored = (
             resolve_names(
                 self.base_folder,
                 {name: tuple(tensor.shape) for name, tensor in self.window.trained_tensors()},
-                self.window.model.base_model_prefix + ".",
+                prefix,
             )
             if self.base_folder and not isinstance(self.window, LoRAWindow)
             else None
         )
+        self._edited: list[str] = []
+        if self.stored is not None and not isinstance(model, str | Path):
+            self._edited = edited_tensors(
+                self.base_folder,
+                ((prefix + name, tensor) for name, tensor in self.window.model.named_parameters()),
+                prefix,
+            )
+            if self._edited:
+                warnings.warn(f"{self._edit_message()}; it can be trained, but not saved", stacklevel=2)
         if args.directions:
             self.directions = read_directions(args.directions, topics, self.window.hidden_size)
         else:
@@ -386,8 +398,10 @@ class RMUTrainer(ResumableTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the original checkpoint with exactly the trained tensors changed, or a LoRA adapter; and the run's record.
 
+        A model given in memory is saved as the folder it was loaded from with the trained tensors changed.
+
         Raises:
-            ValueError: the model was given in memory without a folder it was loaded from.
+            ValueError: the model was given in memory without a folder it was loaded from, or was changed after that.
         """
         folder = Path(output_dir or self.args.output_dir)
         if _internal_call:
@@ -419,6 +433,8 @@ class RMUTrainer(ResumableTrainer):
                 "model: it was given in memory, without a folder whose other tensors could be kept"
             )
         else:
+            if self._edited:
+                raise ValueError(f"{self._edit_message()}; save it with save_pretrained and give that folder")
             save_unlearned(self.base_folder, folder, self.window.trained_tensors(), self.stored, extra_files)
         if self.args.push_to_hub:
             self.push_to_hub(folder=folder)
@@ -451,6 +467,16 @@ class RMUTrainer(ResumableTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Checkpoints during training are no models: they stay here."""
 
+    def _edit_message(self) -> str:
+        return f"model: {self._edited[0]} is not as in {self.base_folder}, which the model was loaded from"
+
+    @cached_property
+    def base_fingerprint(self) -> str | None:
+        """:func:`rmu.base_fingerprint.base_fingerprint` of the original checkpoint; None of a model in memory."""
+        if self.base_folder is None:
+            return None
+        return base_fingerprint(self.base_folder, (self.stored or {}).values())
+
     def run_record(self) -> dict[str, Any]:
         """What is needed to audit and repeat the run."""
         steps = [entry for entry in self.state.log_history if "loss" in entry]
@@ -463,6 +489,7 @@ class RMUTrainer(ResumableTrainer):
         return {
             "base": self.base_name,
             "base_revision": revision,
+            "base_fingerprint": self.base_fingerprint,
             "settings": self.args.method_settings(),
             "calibration": self.calibration,
             "trained_tensors": self.window.trained_names,
@@ -493,7 +520,7 @@ class RMUTrainer(ResumableTrainer):
         state = {
             "first_batch_coefficients": self.coefficient.state(),
             "rows": self.train_dataset.rows,
-            "settings": self.args.method_settings(),
+            "record": self.run_record(),
         }
         (folder / STATE_FILE).write_text(json.dumps(state))
         (folder / DIRECTIONS_FILE).write_bytes(directions_to_bytes(self.directions))
@@ -513,10 +540,13 @@ class RMUTrainer(ResumableTrainer):
         changed = [
             name
             for name, value in settings.items()
-            if name not in split and value != state["settings"].get(name)
+            if name not in split and value != state["record"]["settings"].get(name)
         ]
         if changed:
             warnings.warn(f"resuming {folder} with another {', '.join(changed)}", stacklevel=2)
+        if self.base_folder is not None:
+            fingerprint = state["record"].get("base_fingerprint")
+            check_base(self.base_folder, (self.stored or {}).values(), fingerprint, "model", folder)
         self.window.load_trained_tensors(load_file(folder / TRAINED_FILE))
         self.coefficient.load_state(state["first_batch_coefficients"], self.args.device)
         topics = len(self.alphas)

@@ -23,6 +23,7 @@ from rmu.config import RMUConfig, UnlearningArguments
 from rmu.data import load_corpus
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
 from rmu.lora import ADAPTER_FILE
+from rmu.plan import plan_run, short
 from rmu.resume import STAGING
 from rmu.trainer import RUN_FILE, RMUTrainer, load_arguments
 
@@ -40,7 +41,7 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
     if not config.output_dir:
         raise ValueError("output_dir: not given, expected a new or an empty folder")
     output = Path(config.output_dir)
-    folder = local_folder(arguments.model)
+    folder = local_folder(arguments.model, arguments.allow_pickle)
     resumes = str(config.resume_from_checkpoint).lower() not in ("none", "false")
     check_output_folder(output, own_entries(folder, output) if resumes else ())
     if not (arguments.allow_pickle and has_only_pickles(folder)):
@@ -66,11 +67,13 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
 
     forget, retain = corpora("forget"), corpora("retain")
     with contextlib.ExitStack() as stack:
-        # Trainer makes the folder at once; after an error it is empty and goes.
-        stack.callback(_remove_if_empty, output)
+        if not output.exists():
+            # Trainer makes the folder at once; after an error it is empty and goes.
+            stack.callback(_remove_if_empty, output)
         base = str(folder)
         if arguments.allow_pickle and has_only_pickles(folder):
             base = str(stack.enter_context(as_safetensors(folder, output)))
+        print(plan_lines(base, arguments, config))
         set_seed(config.seed)
         whole = None
         if arguments.evaluate_every:
@@ -156,6 +159,26 @@ def add_callbacks(trainer: RMUTrainer, arguments: UnlearningArguments, whole: Pr
 def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+def plan_lines(base: str, arguments: UnlearningArguments, config: RMUConfig) -> str:
+    """The plan of the run in two lines; where the model's code does not run without weights, why there is none.
+
+    Raises:
+        ValueError: settings that do not fit the model.
+    """
+    try:
+        return short(
+            plan_run(
+                base,
+                config,
+                topics=len(arguments.forget),
+                whole_model=bool(arguments.evaluate_every),
+                trust_remote_code=arguments.trust_remote_code,
+            )
+        )
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+        return f"no plan: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
 
 
 def describe(trainer: RMUTrainer) -> str:

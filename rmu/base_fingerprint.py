@@ -1,0 +1,75 @@
+"""Which checkpoint a run started from, in a few characters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rmu.checkpoint import StoredTensor, read_tensor, stored_tensors
+
+_SAMPLE = 4096  # bytes at each end of a tensor
+_BLOCK = 1 << 22
+
+
+def base_fingerprint(folder: Path, replaced: Iterable[StoredTensor] = ()) -> str:
+    """SHA-256, in hexadecimal, of a checkpoint: the same however it is split into files.
+
+    Hashed are every tensor's name, dtype and shape; all bytes of the tensors that a run replaces; of the others the first and the
+    last 4 KiB, so that a checkpoint of hundreds of gigabytes takes seconds.
+
+    Args:
+        folder: a model folder.
+        replaced: entries of :func:`rmu.checkpoint.stored_tensors`.
+    """
+    whole = set(replaced)
+    digest = hashlib.sha256()
+    for name, entry in sorted(stored_tensors(folder).items()):
+        digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
+        with open(folder / entry.file, "rb") as stream:
+            ranges = [(entry.begin, entry.end)]
+            if entry not in whole:
+                ranges = [
+                    (entry.begin, min(entry.begin + _SAMPLE, entry.end)),
+                    (max(entry.begin, entry.end - _SAMPLE), entry.end),
+                ]
+            for begin, end in ranges:
+                stream.seek(begin)
+                for start in range(begin, end, _BLOCK):
+                    digest.update(stream.read(min(_BLOCK, end - start)))
+    return digest.hexdigest()
+
+
+def check_base(
+    folder: Path, replaced: Iterable[StoredTensor], fingerprint: str | None, argument: str, made_from_it: Path
+) -> None:
+    """Raise ``ValueError`` unless ``folder`` is the checkpoint with that :func:`base_fingerprint`."""
+    found = base_fingerprint(folder, replaced)
+    if found != fingerprint:
+        raise ValueError(
+            f"{argument}: {folder} is not the model that {made_from_it} was made from "
+            f"(fingerprint {found[:12]}, expected {str(fingerprint)[:12]})"
+        )
+
+
+def edited_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], prefix: str) -> list[str]:
+    """Names of a model's tensors whose first values are not those of the folder that it was loaded from.
+
+    Args:
+        tensors: by their names in the whole causal model; those that the folder lacks are passed over.
+        prefix: the base model's attribute name with a dot; checkpoints of a bare base model lack it.
+    """
+    stored = stored_tensors(folder)
+    edited = []
+    for name, tensor in tensors:
+        key = name if name in stored else name.removeprefix(prefix)
+        if key not in stored or stored[key].shape != tuple(tensor.shape) or not tensor.is_floating_point():
+            continue
+        first = read_tensor(folder / stored[key].file, key).flatten()[:_SAMPLE].to(tensor.dtype)
+        if not torch.equal(first, tensor.detach().flatten()[:_SAMPLE].cpu()):
+            edited.append(name)
+    return edited

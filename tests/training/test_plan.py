@@ -1,0 +1,189 @@
+"""``rmu plan``: the same numbers as counting by hand, and as real runs measure."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.plan_memory import GPU_CASES, compare
+from rmu import RMUConfig, RMUTrainer
+from rmu.checkpoint import stored_tensors
+from rmu.cli import main
+from rmu.meter import Meter
+from rmu.plan import plan_run, table
+from tests.conftest import GPU
+from tests.tiny import ARCHITECTURES, random_texts, tiny_folder
+
+CONFIGS = Path(__file__).parents[2] / "docs" / "configs"
+
+
+def config(**settings) -> RMUConfig:
+    return RMUConfig(output_dir="unused", use_cpu=True, report_to=[], **{"layer": 7, **settings})
+
+
+def test_flops_are_those_of_the_table_of_a_step():
+    """Zephyr-7B shapes, the mean of both topics, 600 retain tokens: 77.0 TFLOP for the released loop, worked out by hand."""
+    args = config(forget_max_length=[512, 768], retain_max_length=150)
+    plan = plan_run(CONFIGS / "zephyr-7b.json", args, topics=2)
+    assert plan.released_flops / 1e12 == pytest.approx(77.0, rel=0.01)
+    assert 15.8 < plan.flops / 1e12 < 20.0
+    fixed = plan_run(
+        CONFIGS / "zephyr-7b.json",
+        config(method="rmu", forget_max_length=[512, 768], retain_max_length=150),
+        topics=2,
+    )
+    assert fixed.flops / 1e12 == pytest.approx(15.8, rel=0.01)
+    layer = 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336 + 2 * 4096
+    assert plan.read_parameters == 8 * layer + 32000 * 4096 + 4096
+    assert plan.model_parameters == 32 * layer + 2 * 32000 * 4096 + 4096
+    assert plan.trained_parameters == 3 * 4096 * 14336
+    assert plan.read_bytes == pytest.approx(2 * plan.read_parameters, rel=1e-4)
+
+
+def test_a_70b_model_fits_24_gb():
+    plan = plan_run(CONFIGS / "llama-3-70b.json", config(per_device_train_batch_size=2), on_cpu=False)
+    assert plan.layers == 80 and plan.checkpoint_bytes > 140e9
+    assert plan.device_peak < 24e9
+    parts = (
+        plan.weights,
+        plan.embeddings,
+        plan.trained,
+        plan.optimizer,
+        plan.recorded,
+        plan.gradients,
+        plan.activations,
+    )
+    assert sum(parts) == plan.device_peak
+    assert "embeddings" in table(plan)
+    settings = config(per_device_train_batch_size=4, embeddings_on_cpu=True)
+    on_host = plan_run(CONFIGS / "llama-3-70b.json", settings, on_cpu=False)
+    assert on_host.host_embeddings and on_host.device_peak < 24e9
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_architecture_has_a_plan(tmp_path, architecture):
+    model_config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
+    model_config.save_pretrained(tmp_path)
+    pattern = r"mlp.*(down_proj|c_proj|dense_4h_to_h|fc2)" if architecture == "mixtral" else None
+    plan = plan_run(
+        tmp_path, config(layer=2, trained_parameters=pattern, forget_max_length=[16], retain_max_length=16)
+    )
+    assert 0 < plan.trained_parameters < plan.read_parameters <= plan.model_parameters
+    assert 0 < plan.flops < plan.released_flops
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_flops_follow_the_matrices(architecture, tmp_path):
+    """Twice the tokens: twice the operations, but for attention."""
+    AutoConfig.for_model(architecture, **ARCHITECTURES[architecture]).save_pretrained(tmp_path)
+    one, two = (
+        plan_run(
+            tmp_path,
+            config(layer=2, per_device_train_batch_size=n, forget_max_length=[4], retain_max_length=4),
+        )
+        for n in (4, 8)
+    )
+    assert two.flops == pytest.approx(2 * one.flops)
+
+
+def test_bytes_read_are_those_of_the_headers(tmp_path):
+    base = tiny_folder(tmp_path / "base")
+    plan = plan_run(base, config(layer=1))
+    stored = {name: entry.end - entry.begin for name, entry in stored_tensors(base).items()}
+    above = sum(
+        size
+        for name, size in stored.items()
+        if "layers.2." in name or "layers.3." in name or "lm_head" in name
+    )
+    assert plan.from_headers and plan.checkpoint_bytes == sum(stored.values())
+    assert plan.read_bytes == plan.checkpoint_bytes - above
+
+
+@pytest.mark.parametrize(
+    ("settings", "bytes_a_parameter"),
+    [
+        ({"optim": "adamw_rmu"}, 8),
+        ({"optim": "sgd"}, 0),
+        ({"parameter_dtype": "bfloat16"}, 4),
+        ({"lora_rank": 2}, 8),
+    ],
+    ids=str,
+)
+def test_trained_tensors_and_optimizer_state_are_those_of_the_run(tmp_path, settings, bytes_a_parameter):
+    if "lora_rank" in settings:
+        pytest.importorskip("peft")
+    base = tiny_folder(tmp_path / "base")
+    args = RMUConfig(
+        output_dir=str(tmp_path / "out"),
+        layer=2,
+        max_steps=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        **settings,
+    )
+    plan = plan_run(base, args)
+    trainer = RMUTrainer(str(base), args, forget=[random_texts(1)], retain=[random_texts(2)])
+    trainer.train()
+    assert plan.trained == sum(p.nbytes for p in trainer.window.trained)
+    assert plan.trained_names == tuple(trainer.window.trained_names)
+    state = [
+        v
+        for values in trainer.optimizer.optimizer.state.values()
+        for v in values.values()
+        if torch.is_tensor(v)
+    ]
+    assert plan.optimizer == pytest.approx(sum(v.nbytes for v in state if v.dim()), abs=4 * len(state))
+    assert plan.optimizer == pytest.approx(bytes_a_parameter * plan.trained_parameters, abs=4 * len(state))
+
+
+def test_the_meter_counts_what_lives():
+    with Meter() as meter:
+        a = torch.empty(100, device="meta")
+        b = a + 1
+        view = b[:50]
+        assert meter.live == 800
+        del b
+        assert meter.live == 800, view.shape
+        del view
+        assert meter.live == 400
+    assert meter.peak == 800
+
+
+def test_the_plan_needs_no_weights_and_no_corpora(capsys, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    assert (
+        main(["plan", "--config", "zephyr-7b-adaptive-rmu", "--model", str(CONFIGS / "zephyr-7b.json")]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "1.88 B of 7.24 B parameters" in printed and "512, 768 / 512 tokens" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": "80"}, "layer: got 80, expected 0 to 79"),
+        ({"trained_parameters": "nothing"}, "trained_parameters:"),
+        ({"model": "pyproject.toml"}, "has no config that can be read"),
+        ({"quantization": "8bit", "lora_rank": "8"}, "quantization: got 8bit"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_line(capsys, changes, message):
+    settings = {"model": str(CONFIGS / "llama-3-70b.json"), "use_cpu": "true"} | changes
+    assert main(["plan", *(part for k, v in settings.items() for part in (f"--{k}", v))]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["weights, bf16", "activations"])
+def test_a_run_on_the_cpu_takes_what_was_planned(name):
+    assert compare(name, use_cpu=True)["ratio"] == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(GPU == "xpu", reason="counts torch.cuda's memory")
+@pytest.mark.parametrize("name", sorted(GPU_CASES))
+def test_a_run_on_a_gpu_takes_what_was_planned(name):
+    assert compare(name, use_cpu=False)["ratio"] == pytest.approx(1, abs=0.15)
