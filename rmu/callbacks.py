@@ -38,7 +38,7 @@ class EvaluationCallback(TrainerCallback):
             model.
 
     Raises:
-        ValueError: a target without what it needs, or a run on several processes.
+        ValueError: a target without what it needs.
     """
 
     def __init__(
@@ -69,10 +69,6 @@ class EvaluationCallback(TrainerCallback):
         ):
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name}: got {value}, expected a share from 0 to 1")
-        if trainer.args.world_size > 1:
-            raise ValueError(
-                f"evaluate_every: got {every} with {trainer.args.world_size} processes, evaluation during training runs on one"
-            )
         self.trainer, self.model, self.every = trainer, model, every
         self.tasks = {"forget": tuple(forget_tasks), "retain": tuple(retain_tasks)}
         self.include_path, self.limit, self.batch_size = include_path, limit, batch_size
@@ -107,7 +103,13 @@ class EvaluationCallback(TrainerCallback):
         tokenizer = self.trainer.processing_class
         rows = {
             tasks: evaluate_tasks(
-                self.model, tokenizer, tasks, self.include_path, self.batch_size, self.limit
+                self.model,
+                tokenizer,
+                tasks,
+                self.include_path,
+                self.batch_size,
+                self.limit,
+                self.trainer.accelerator,
             )
             for tasks in dict.fromkeys(self.tasks.values())
             if tasks
@@ -144,6 +146,20 @@ class PlateauCallback(TrainerCallback):
         self.trainer, self.steps = trainer, steps
         self.lowest, self.lowest_step = math.inf, 0
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.lowest, self.lowest_step = math.inf, 0
+        for entry in state.log_history:
+            if "loss" in entry:
+                self._fell(entry["loss"], entry["step"])
+
+    def _fell(self, loss: float, step: int) -> bool:
+        if loss >= self.lowest * (1 - _PLATEAU_DECREASE):
+            return False
+        self.lowest, self.lowest_step = loss, step
+        return True
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -152,11 +168,9 @@ class PlateauCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not logs or "loss" not in logs:
+        if not logs or "loss" not in logs or self._fell(logs["loss"], state.global_step):
             return
-        if logs["loss"] < self.lowest * (1 - _PLATEAU_DECREASE):
-            self.lowest, self.lowest_step = logs["loss"], state.global_step
-        elif state.global_step - self.lowest_step >= self.steps:
+        if state.global_step - self.lowest_step >= self.steps:
             stop(self.trainer, control, f"loss {self.lowest:.4g} not lower for {self.steps} steps")
 
 
@@ -176,4 +190,5 @@ def stop(trainer: RMUTrainer, control: TrainerControl, reason: str) -> None:
     """End training after this step and keep the reason for the run's record."""
     control.should_training_stop = True
     trainer.stopped_by = f"step {trainer.state.global_step}: {reason}"
-    print(f"stopped at {trainer.stopped_by}")
+    if trainer.args.process_index == 0:
+        print(f"stopped at {trainer.stopped_by}")

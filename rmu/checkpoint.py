@@ -23,6 +23,7 @@ from torch import Tensor
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+PARTIAL = ".partial"  # ends the names of folders that are being written
 # Weights in any other form would carry the knowledge along into the result.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -109,7 +110,7 @@ def weight_files(folder: Path) -> list[str]:
     if any((folder / name).exists() for name in _PICKLES):
         raise ValueError(
             f"model: {folder} has pickle weights only ({_PICKLES[0]}), which can run code when they are read; "
-            "use a folder with safetensors weights, or allow it with --allow_pickle true"
+            "use a folder with safetensors weights, or allow it with --allow_pickle"
         )
     raise ValueError(f"model: {folder} has no safetensors weights ({SINGLE_FILE} or {INDEX_FILE})")
 
@@ -254,8 +255,13 @@ def check_output_folder(output: Path, allowed_prefixes: tuple[str, ...] = ()) ->
         raise ValueError(f"output_dir: no permission to write in {parent}")
 
 
-def check_disk_space(folder: Path, output: Path, touched: Iterable[str]) -> None:
-    """Raise ``ValueError`` when the file system of ``output`` cannot hold the result."""
+def check_disk_space(folder: Path, output: Path, touched: Iterable[str], checkpoints: int = 0) -> None:
+    """Raise ``ValueError`` when the file system of ``output`` cannot hold the result.
+
+    Args:
+        touched: the files of ``folder`` that hold a trained tensor.
+        checkpoints: bytes of the checkpoints during training.
+    """
     touched = set(touched)
     parent = _existing_parent(output)
     linked = folder.resolve().stat().st_dev == parent.stat().st_dev
@@ -265,8 +271,11 @@ def check_disk_space(folder: Path, output: Path, touched: Iterable[str]) -> None
         if path.name in touched or not _can_link(path, linked)
     )
     free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise ValueError(f"output_dir: {needed / 1e9:.2f} GB needed at {output}, {free / 1e9:.2f} GB free")
+    if needed + checkpoints > free:
+        during = f" and {checkpoints / 1e9:.2f} GB for checkpoints" if checkpoints else ""
+        raise ValueError(
+            f"output_dir: {needed / 1e9:.2f} GB{during} needed at {output}, {free / 1e9:.2f} GB free"
+        )
 
 
 def save_unlearned(
@@ -290,7 +299,7 @@ def save_unlearned(
     touched = {entry.file for entry in entries.values()}
     with staged(output) as staging:
         for path in _copied_files(folder):
-            if path.name in extra_files:
+            if path.name in extra_files or path.name == CONFIG_FILE:
                 continue
             if path.name not in touched and path.suffix == ".safetensors":
                 _link_or_copy(path, staging / path.name)
@@ -300,6 +309,8 @@ def save_unlearned(
             _replace_bytes(staging / entries[name].file, tensor, entries[name])
         for name, content in extra_files.items():
             (staging / name).write_bytes(content)
+        # Last: until all is there, the folder loads as no model.
+        shutil.copyfile(folder / CONFIG_FILE, staging / CONFIG_FILE)
 
 
 @contextmanager
@@ -316,7 +327,9 @@ def staged(output: Path) -> Iterator[Path]:
         or os.path.ismount(output)
         or not os.access(output.parent, os.W_OK)
     )
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output if inside else output.parent))
+    staging = Path(
+        tempfile.mkdtemp(prefix=f".{output.name}.", suffix=PARTIAL, dir=output if inside else output.parent)
+    )
     try:
         yield staging
         for path in staging.iterdir():
@@ -339,7 +352,7 @@ def as_safetensors(folder: Path, beside: Path) -> Iterator[Path]:
     from transformers import AutoModelForCausalLM
 
     beside.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.", dir=beside.parent) as copy:
+    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.", suffix=PARTIAL, dir=beside.parent) as copy:
         model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False, dtype="auto")
         model.save_pretrained(copy)
         for path in folder.iterdir():

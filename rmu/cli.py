@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +17,9 @@ COMMANDS = {
     "plan": "what such a run will read, train and keep, from the model's config alone",
     "calibrate": "measure a model's natural norms on the text to forget, and propose layer, c and beta",
     "eval": "measure a model: accuracy on lm-evaluation-harness tasks, perplexity",
+    "analyze": "measure what unlearning does inside a model: token confidence, alignment",
+    "probe": "try to get back what a model has unlearned, beside the base model as control",
+    "report": "gather the results of the other commands into one page, with a verdict a line",
     "sweep": "compare methods, layers and coefficients in many runs, and pick the best",
     "demo": "unlearn a small real model and report what happened",
     "merge": "a model from its original and the tensors that training left",
@@ -24,7 +29,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 after a one-line error."""
+    """Run a command; returns the exit code: 0, 2 after a one-line error, 141 when the reader of the output has gone."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: rmu COMMAND [--help] ...\n\nMake a language model forget, with RMU and Adaptive RMU.\n")
@@ -35,13 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"no command {command!r}{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
     try:
         importlib.import_module(f"rmu.commands.{command}").main(rest)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone (`rmu presets | head`). What is left must not fail once more when Python flushes it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        return _fail("interrupted", code=130)
+    except KeyboardInterrupt as interrupt:
+        print(f"rmu: {interrupt or 'interrupted'}", file=sys.stderr)
+        return 130
     return 0
 
 
-def _fail(message: str, code: int = 2) -> int:
+def _fail(message: str) -> int:
     print(f"rmu: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+    return 2

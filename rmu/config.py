@@ -46,6 +46,10 @@ class UnlearningArguments:
     )
     text_field: str = _setting("text", "Field of the corpora that holds the text.")
     min_length: int = _setting(0, "Leave out texts of fewer characters.")
+    raw_lines: list[int] = _list(
+        [],
+        "Forget corpora, counted from 0, whose lines are fed unparsed, as the released loops feed WMDP cyber's JSON (1 there).",
+    )
     evaluate_every: int = _setting(
         0, "Measure task accuracy in memory every so many steps (loads the whole model); 0: never."
     )
@@ -165,7 +169,14 @@ class RMUConfig(TrainingArguments):
     weight_decay: float = _setting(0.0, "Weight decay of AdamW.")
     max_grad_norm: float = _setting(0.0, "Clip gradients to this norm; 0: never.")
     logging_steps: float = _setting(10, "Log every so many steps.")
+    report_to: list[str] = _list(["none"], "Log to these too: tensorboard, trackio, wandb, ...; or none.")
+    trackio_space_id: str | None = _setting(
+        None, "Space of the hub that trackio logs to; default: trackio's folder on this machine."
+    )
     save_strategy: str = _setting("no", "Keep checkpoints during training: no, steps or epoch.")
+    logging_nan_inf_filter: bool = _setting(
+        False, "Must stay false: a loss that is not finite stops the run."
+    )
     remove_unused_columns: bool = _setting(False, "Must stay false: batches hold two texts.")
 
     def __post_init__(self) -> None:
@@ -174,6 +185,9 @@ class RMUConfig(TrainingArguments):
             self.adam_epsilon = optimizer.EPS if self.optim == optimizer.NAME else 1e-8
         self._check()
         optim = self.optim
+        # Every trained tensor is used in every step.
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
         if optim == optimizer.NAME:
             self.optim = TrainingArguments.optim  # the base class knows its own names only
         super().__post_init__()

@@ -28,7 +28,12 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def load_corpus(
-    source: str, *, field: str = "text", min_length: int = 0, argument: str = "corpus"
+    source: str,
+    *,
+    field: str = "text",
+    min_length: int = 0,
+    raw_lines: bool = False,
+    argument: str = "corpus",
 ) -> Dataset:
     """A corpus as a ``datasets.Dataset`` with one column ``text``, blank rows left out.
 
@@ -37,10 +42,11 @@ def load_corpus(
             ``name[:configuration[:split]]`` (split ``train`` unless given).
         field: the column that holds the text.
         min_length: rows with fewer characters are left out.
+        raw_lines: take the lines of a local file as they are, unparsed and with their line ends.
         argument: the argument's name in error messages.
 
     Raises:
-        ValueError: no such file or data set, unreadable, no such field, or nothing left.
+        ValueError: no such file or data set, unreadable, access not granted, no such field, or nothing left.
     """
     # Here, so that a trainer that is given its texts runs without the library.
     from datasets import load_dataset
@@ -52,7 +58,14 @@ def load_corpus(
     try:
         if path.is_file() and path.stat().st_size == 0:
             raise ValueError(f"{argument}: {source} is empty")
-        if path.is_file() and reader:
+        if raw_lines and (not path.is_file() or reader == "parquet"):
+            raise ValueError(
+                f"{argument}: {source} has no lines to be read raw, expected a local text or jsonl file"
+            )
+        if raw_lines:
+            reader = "text"
+            rows = load_dataset(reader, data_files=str(path), split="train", keep_linebreaks=True)
+        elif path.is_file() and reader:
             if reader == "json":
                 _check_json(path, argument)
             rows = load_dataset(reader, data_files=str(path), split="train")
@@ -64,8 +77,8 @@ def load_corpus(
             name, configuration, split = [*source.split(":", 2), None, None][:3]
             rows = load_dataset(name, configuration, split=split or "train")
     except (DatasetGenerationError, OSError, ConnectionError, EOFError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"{argument}: {source} cannot be read: {_first_line(cause)}") from error
+        reason = _access_advice(source.split(":")[0], error) or _first_line(error.__cause__ or error)
+        raise ValueError(f"{argument}: {source} cannot be read: {reason}") from error
     column = "text" if reader == "text" else field
     if column not in rows.column_names:
         raise ValueError(
@@ -74,9 +87,9 @@ def load_corpus(
     rows = rows.select_columns([column])
     if column != "text":
         rows = rows.rename_column(column, "text")
-    wrong = next((value for value in rows[:1]["text"] if not isinstance(value, str)), "")
-    if wrong != "":
-        raise ValueError(f"{argument}: {source} field {column!r} holds {type(wrong).__name__}, expected text")
+    kind = getattr(rows.features["text"], "dtype", type(rows.features["text"]).__name__)
+    if kind not in ("string", "large_string", "null"):
+        raise ValueError(f"{argument}: {source} field {column!r} holds {kind}, expected text")
     least = max(1, min_length)
     rows = rows.filter(
         lambda texts: [isinstance(t, str) and len(t.strip()) >= least for t in texts],
@@ -86,6 +99,26 @@ def load_corpus(
     if len(rows) == 0:
         raise ValueError(f"{argument}: {source} is empty (no text of at least {least} characters)")
     return rows
+
+
+def _access_advice(name: str, error: BaseException) -> str | None:
+    """What to do about a data set that the hub has but does not give out, or says it does not have; else None."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import GatedRepoError
+
+    step: BaseException | None = error
+    while step is not None:
+        refused = getattr(getattr(step, "response", None), "status_code", None) in (401, 403)
+        if refused or isinstance(step, (GatedRepoError, DatasetNotFoundError)):
+            text = str(step)
+            known = refused or isinstance(step, GatedRepoError) or "gated" in text
+            return (
+                ("access is not granted" if known else _first_line(step))
+                + ("; " if known else "; if it is gated or private, ")
+                + f"accept its terms on https://huggingface.co/datasets/{name} and log in with `hf auth login`"
+            )
+        step = step.__cause__ or step.__context__
+    return None
 
 
 def _check_json(path: Path, argument: str) -> None:
@@ -151,15 +184,32 @@ class UnlearningSchedule(torch.utils.data.Dataset):
         return self.steps * self.rows
 
     def __getitem__(self, j: int) -> dict[str, Any]:
+        (topic, forget), (corpus, retain) = self._places(j)
+        return {
+            "row": j,
+            "topic": topic,
+            "forget": _text(self.forget[topic][forget]),
+            "retain": _text(self.retain[corpus][retain]),
+        }
+
+    def _places(self, j: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The corpus and the row in it, of item ``j``'s forget and retain text."""
         step, row = divmod(j, self.rows)
         topics, retains = len(self.forget), len(self.retain)
         position = step // topics * self.rows + row
-        return {
-            "row": j,
-            "topic": step % topics,
-            "forget": self._text("forget", step % topics, position),
-            "retain": self._text("retain", position % retains, position // retains),
-        }
+        topic, corpus = step % topics, position % retains
+        return (
+            (topic, self._place("forget", topic, position)),
+            (corpus, self._place("retain", corpus, position // retains)),
+        )
+
+    def describe(self, first: int, number: int) -> str:
+        """The topic, and the corpora's rows, of the items ``first`` to ``first + number - 1``, all of one step."""
+        items = [self._places(j) for j in range(first, first + number)]
+        (topic, _), _ = items[0]
+        forget = ", ".join(str(place) for (_, place), _ in items)
+        retain = ", ".join(f"{place} of corpus {corpus}" for _, (corpus, place) in items)
+        return f"topic {topic} (forget rows {forget}; retain rows {retain})"
 
     def passes(self) -> list[float]:
         """How often each forget corpus is read, as a number of passes."""
@@ -169,15 +219,12 @@ class UnlearningSchedule(torch.utils.data.Dataset):
             for i, corpus in enumerate(self.forget)
         ]
 
-    def _text(self, side: str, index: int, position: int) -> str:
+    def _place(self, side: str, index: int, position: int) -> int:
         corpus = getattr(self, side)[index]
         if self.repeat_batches:
             position = position % (-(-len(corpus) // self.rows) * self.rows) % len(corpus)
         repeat, place = divmod(position, len(corpus))
-        if self.shuffle:
-            place = int(self._order(side, index, repeat, len(corpus))[place])
-        item = corpus[place]
-        return item["text"] if isinstance(item, dict) else item
+        return int(self._order(side, index, repeat, len(corpus))[place]) if self.shuffle else place
 
     def _order(self, side: str, index: int, repeat: int, size: int) -> np.ndarray:
         kept = self._orders.get((side, index))
@@ -187,13 +234,17 @@ class UnlearningSchedule(torch.utils.data.Dataset):
         return kept[1]
 
 
-class UnlearningCollator:
-    """Tokenises and pads one micro-batch: ``{"row": int, "topic": int, "forget": {...}, "retain": {...}}``.
+def _text(item: Any) -> str:
+    return item["text"] if isinstance(item, dict) else item
 
-    ``row`` is that of its first item in the schedule. Each side has ``input_ids``, ``attention_mask`` and ``loss_mask``, all
-    ``[B, T]`` int64; the last is 1 for tokens that count in the losses; and a ``digest`` (str) of what the model reads. Texts
-    are cut on the right, whatever the tokenizer's own
-    side is.
+
+class UnlearningCollator:
+    """Tokenises and pads one micro-batch.
+
+    It is ``{"row": int, "topic": int, "counted": (int, int), "forget": {...}, "retain": {...}}``. ``row`` is that of its first item
+    in the schedule, ``counted`` the number of tokens that count in the forget and in the retain loss. Each side has ``input_ids``,
+    ``attention_mask`` and ``loss_mask``, all ``[B, T]`` int64; the last is 1 for tokens that count in the losses; and a ``digest``
+    (str) of what the model reads. Texts are cut on the right, whatever the tokenizer's own side is.
 
     Args:
         tokenizer: a tokenizer; without a pad token it pads with its eos token.
@@ -241,11 +292,14 @@ class UnlearningCollator:
             raise ValueError(
                 f"items: got topics {[item['topic'] for item in items]}, expected one topic a batch"
             )
+        forget = self.side([item["forget"] for item in items], self.forget_lengths[topic])
+        retain = self.side([item["retain"] for item in items], self.retain_length)
         return {
             "row": items[0]["row"],
             "topic": topic,
-            "forget": self.side([item["forget"] for item in items], self.forget_lengths[topic]),
-            "retain": self.side([item["retain"] for item in items], self.retain_length),
+            "counted": (int(forget["loss_mask"].sum()), int(retain["loss_mask"].sum())),
+            "forget": forget,
+            "retain": retain,
         }
 
     def side(self, texts: list[str], length: int) -> dict[str, Any]:
@@ -300,7 +354,8 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
     """
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        # The last two are what versions of transformers raise where there are no tokenizer files.
         raise ValueError(f"tokenizer: {folder} has none that can be read: {_first_line(error)}") from error
 
 

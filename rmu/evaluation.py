@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rmu.checkpoint import local_folder, weight_files
+from rmu.checkpoint import has_only_pickles, local_folder, weight_files
 from rmu.data import check_tokenizer, load_tokenizer
 
 ACCURACY_METRICS = ("acc", "acc_norm", "exact_match")
@@ -26,6 +28,7 @@ def evaluate_tasks(
     include_path: str | Path | None = None,
     batch_size: int = 32,
     limit: int | None = None,
+    accelerator: Accelerator | None = None,
 ) -> list[dict[str, Any]]:
     """Accuracy on lm-evaluation-harness tasks.
 
@@ -35,6 +38,7 @@ def evaluate_tasks(
             are not indexed, which saves several seconds.
         batch_size: requests a forward pass.
         limit: at most this many documents a task.
+        accelerator: that of a run on several processes, each with the model; they share the documents, and all get the rows.
 
     Returns:
         Rows `{"task", "domain", "side", "n", "accuracy", "stderr"}`; `stderr` is the standard error.
@@ -67,6 +71,11 @@ def evaluate_tasks(
             batch_size=batch_size,
             softmax_dtype="float32",
         )
+    processes = 1 if accelerator is None else accelerator.num_processes
+    if accelerator is not None and processes > 1:
+        # The harness splits documents by these, but takes a model in memory for the only one.
+        harness_model._rank, harness_model._world_size = accelerator.process_index, processes
+        harness_model.accelerator = accelerator
     try:
         with quiet("lm_eval.api.task"), random_state_kept():
             results = simple_evaluate(
@@ -79,7 +88,9 @@ def evaluate_tasks(
             )
     finally:
         model.train(was_training)
-    return accuracy_rows(tasks, results)
+    # The first process alone has the results.
+    rows = [None if results is None else accuracy_rows(tasks, results)]
+    return (broadcast_object_list(rows) if processes > 1 else rows)[0]
 
 
 @contextmanager
@@ -297,15 +308,18 @@ def evaluate(
 
 
 def load_model(
-    model: str | Path, dtype: str = "auto", trust_remote_code: bool = False
+    model: str | Path, dtype: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model folder or hub id, whole, on the accelerator if there is one, with its tokenizer.
+
+    With ``allow_pickle`` its weights may be pickles, which can run code when they are read.
 
     Raises:
         ValueError: no such model, no safetensors weights, or a tokenizer that is not the model's.
     """
     folder = local_folder(model)
-    weight_files(folder)
+    if not (allow_pickle and has_only_pickles(folder)):
+        weight_files(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     check_tokenizer(tokenizer, loaded.config.get_text_config().vocab_size)

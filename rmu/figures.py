@@ -67,13 +67,15 @@ def _panel(height: float):
     return figure, figure.add_subplot()
 
 
-def _legend_above(figure, axes) -> None:
+def _legend_above(figure, axes, columns: int = 3) -> None:
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     labels = sorted(
         entries, key=lambda label: label.startswith("chance")
     )  # matplotlib puts plain lines first
     handles = [entries[label] for label in labels]
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), columnspacing=1.4)
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=min(columns, len(labels)), columnspacing=1.4
+    )
 
 
 def accuracy(changes, chance: float | None, theme: Theme):
@@ -194,4 +196,56 @@ def natural_norms(norms, layer: int, coefficient: float, theme: Theme):
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("norm of the hidden state")
     _legend_above(figure, axes)
+    return figure
+
+
+def series(lines, x_label: str, y_label: str, theme: Theme, *, log_x: bool = False, level=None):
+    """Lines with error bars: (name, x values, y values, errors or None, colour of the theme, dash); `level` is (y, name)."""
+    figure, axes = _panel(3.1)
+    for name, x, y, errors, colour, dash in lines:
+        axes.errorbar(
+            x,
+            y,
+            yerr=errors,
+            color=getattr(theme, colour),
+            linestyle=dash,
+            linewidth=1.5,
+            marker="o",
+            markersize=3,
+            capsize=2,
+            elinewidth=0.8,
+            label=name,
+        )
+    if level is not None:
+        axes.axhline(level[0], color=theme.ink, linestyle=(0, (4, 3)), linewidth=1.1, label=level[1])
+    if log_x:
+        axes.set_xscale("symlog" if any(0 in x for _, x, *_ in lines) else "log")
+        ticks = sorted({value for _, x, *_ in lines for value in x})
+        axes.set_xticks(ticks[:: max(1, len(ticks) // 7)])
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        axes.xaxis.set_minor_formatter("")
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    _legend_above(figure, axes, columns=2)
+    return figure
+
+
+def shares(steps, x_label: str, theme: Theme):
+    """Histograms as outlines: (name, edges, shares, colour of the theme, dash)."""
+    figure, axes = _panel(2.9)
+    for name, edges, values, colour, dash in steps:
+        axes.stairs(
+            [100 * value for value in values],
+            edges,
+            color=getattr(theme, colour),
+            linestyle=dash,
+            linewidth=1.5,
+            label=name,
+        )
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("share of tokens (%)")
+    _legend_above(figure, axes, columns=2)
     return figure

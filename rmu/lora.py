@@ -84,8 +84,10 @@ class LoRAWindow(LayerWindow):
                 f"lora_rank: LoRA needs PEFT: pip install 'rmu-kernels[peft]' ({error})"
             ) from error
         prefix = self.model.base_model_prefix + "."
+        own = dict(self.model.named_parameters())
         for name in tensors:
-            if not name.endswith(".weight") or tensors[name].dim() != 2:
+            is_own = name.removeprefix(prefix) in own
+            if not is_own or not name.endswith(".weight") or tensors[name].dim() != 2:
                 raise ValueError(
                     f"trained_parameters: {name} {list(tensors[name].shape)} selected, LoRA expected linear layers' weights"
                 )

@@ -221,7 +221,7 @@ def _forward(
         retain,
         frozen[1].hidden,
         torch.empty(window.hidden_size, device="meta"),
-        frozen_forget=frozen[0].hidden,
+        frozen_forget=frozen[0].hidden if frozen_forget else None,
         scale=1.0 if frozen_forget else None,
         coefficient=None if frozen_forget else 1.0,
         forget_mask=masks[0],

@@ -200,6 +200,8 @@ class Sweep:
             processing_class=self.tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
+        # A sweep goes on from its results; half a run is of no use to it.
+        trainer.remove_callback(trainer.signals)
         trainer.train()
         return trainer
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,12 @@ from rmu.model_card import model_card
 from rmu.optimizer import NAME as ADAMW_RMU
 from rmu.optimizer import AdamWRMU
 from rmu.packing import check_packing
+from rmu.processes import StepTokens, step_coefficient, sum_over_processes
+from rmu.resumable import ResumableTrainer
 from rmu.rounding import UpdateRounding
 from rmu.source import FrozenSource
-from rmu.window import LayerWindow
-from rmu_kernels import rmu_loss
+from rmu.window import LayerWindow, check_lengths
+from rmu_kernels import adaptive_coefficient, rmu_loss
 
 TRAINED_FILE = "rmu_trained.safetensors"
 STATE_FILE = "rmu_state.json"
@@ -45,10 +48,10 @@ RUN_FILE = "rmu_run.json"
 
 
 class NonFiniteLossError(ValueError):
-    """A logged loss is infinite or not a number."""
+    """A loss or a trained tensor is infinite or not a number."""
 
 
-class RMUTrainer(Trainer):
+class RMUTrainer(ResumableTrainer):
     """Unlearn with RMU or Adaptive RMU.
 
     Args:
@@ -65,6 +68,9 @@ class RMUTrainer(Trainer):
         ValueError: a setting that does not fit the model or the corpora, named.
     """
 
+    # compute_loss divides by the counted tokens of the whole step.
+    loss_is_scaled_for_ga = True
+
     def __init__(
         self,
         model: str | Path | PreTrainedModel | LayerWindow,
@@ -77,6 +83,11 @@ class RMUTrainer(Trainer):
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        for name, given in (("fsdp", args.fsdp), ("deepspeed", args.deepspeed)):
+            if given or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
+                raise ValueError(
+                    f"{name}: not supported, the frozen pass runs outside such a wrapper; several processes train with DDP"
+                )
         topics = len(forget)
         automatic = args.wants_calibration()
         if args.layer == AUTO:
@@ -87,6 +98,13 @@ class RMUTrainer(Trainer):
         self.alphas = args.per_topic("alpha", topics)
         lengths = args.forget_max_length = args.per_topic("forget_max_length", topics)
         released = args.compat == "released"
+        if released and args.world_size > 1:
+            raise ValueError(f"compat: got released on {args.world_size} processes, the loops run in one")
+        if args.accelerator_config.split_batches or args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config: got split_batches or dispatch_batches, expected neither: "
+                "every process reads its own rows of a step"
+            )
         if released and len(retain) != 1:
             raise ValueError(
                 f"retain: got {len(retain)} corpora, but compat released reads one for every topic"
@@ -118,6 +136,9 @@ class RMUTrainer(Trainer):
                 )
             processing_class = load_tokenizer(self.base_folder, trust_remote_code)
         check_tokenizer(processing_class, self.window.config.get_text_config().vocab_size)
+        check_lengths(
+            self.window.model, forget_max_length=lengths, retain_max_length=[args.retain_max_length]
+        )
         prefix = self.window.model.base_model_prefix + "."
         # Found out before training, not after it.
         self.stored = (
@@ -175,7 +196,11 @@ class RMUTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # Older releases of transformers ask this instead of loss_is_scaled_for_ga.
+        self.model_accepts_loss_kwargs = True
         self.directions = self.directions.to(self.args.device)
+        # The schedule's row at which the first batch began whose loss was not finite; -1: none. Read when logging or saving.
+        self._bad_row = torch.tensor(-1, device=self.args.device)
         if args.padding_free:
             check_packing(self.window.to(self.args.device))
         if args.torch_compile:
@@ -195,23 +220,83 @@ class RMUTrainer(Trainer):
         if self.args.device.type == "cpu":
             self.args.dataloader_pin_memory = False
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; the time it takes goes into the run's record."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in the base class; the time it takes goes into the run's record.
+
+        Raises:
+            NonFiniteLossError: with the step, topic and rows of the first loss that was not finite.
+        """
         started = time.perf_counter()
-        output = super().train(*args, **kwargs)
-        self._seconds += time.perf_counter() - started
-        return output
+        self._bad_row.fill_(-1)
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            self._seconds += time.perf_counter() - started
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], StepTokens | None]:
+        """The micro-batches of a step on this process, and the counted tokens of the whole step."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches or self._is_whole_step():
+            return batches, None
+        counted = [sum(batch["counted"][side] for batch in batches) for side in (0, 1)]
+        *counted, signals = sum_over_processes([*counted, int(self.signals.requested)], self.accelerator)
+        self.signals.agreed = signals > 0
+        self._find_coefficient(batches)
+        return batches, StepTokens(*counted)
+
+    def _is_whole_step(self) -> bool:
+        """Whether a batch is all of a step: one process, no accumulation."""
+        return self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1
+
+    @torch.no_grad()
+    def _find_coefficient(self, batches: list[dict[str, Any]]) -> None:
+        """Where one coefficient holds for the whole step, find it before the first loss."""
+        topic = batches[0]["topic"]
+        scope = self.coefficient.scope
+        if self.args.method != "adaptive" or scope not in ("batch", "first_batch"):
+            return
+        if topic in self.coefficient.first:
+            return
+        norms = []
+        for batch in batches:
+            forget = self._prepare_input(batch["forget"])
+            recorded = batch["frozen_forget"] = self.frozen(
+                forget, **self.coefficient.wants(self.args.relative)
+            )
+            if scope == "first_batch":
+                token_norms = adaptive_coefficient(self.window(recorded)[0], 1.0)
+            else:
+                token_norms = recorded.norms
+            norms.append(token_norms[forget["loss_mask"].bool()])
+        value = step_coefficient(
+            torch.cat(norms), self.coefficient.values[topic], self.args.statistic, self.accelerator
+        )
+        if scope == "first_batch":
+            self.coefficient.first[topic] = value
+        for batch in batches:
+            batch["coefficient"] = value
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        num_items_in_batch: StepTokens | None = None,
     ) -> Any:
-        """Forget loss plus alpha times retain loss of one batch (method of :class:`RMUConfig`)."""
+        """Forget loss plus alpha times retain loss of one batch (method of :class:`RMUConfig`).
+
+        With ``num_items_in_batch``, the counted tokens of a step of several micro-batches or processes: this batch's share of the
+        step's loss, times the number of processes, over which gradients and logged losses are averaged.
+        """
         topic, forget, retain = inputs["topic"], inputs["forget"], inputs["retain"]
-        frozen_forget = self.frozen(forget, **self.coefficient.wants(self.args.relative))
+        tokens, alpha = num_items_in_batch, self.alphas[topic]
+        if tokens is not None:
+            alpha *= max(tokens.forget, 1) / max(tokens.retain, 1)
+        frozen_forget = inputs.get("frozen_forget") or self.frozen(
+            forget, **self.coefficient.wants(self.args.relative)
+        )
         frozen_retain = self.frozen(retain, hidden=True, repeats=True)
         forget_hidden, retain_hidden = model(frozen_forget, frozen_retain)
         rounds_as_released = self.args.compat == "released" and forget_hidden.dtype != torch.float32
@@ -219,27 +304,36 @@ class RMUTrainer(Trainer):
             self.coefficient.first[topic] = compat.low_precision_coefficient(
                 forget_hidden, self.coefficient.values[topic]
             )
-        target = self.coefficient.loss_arguments(topic, frozen_forget, forget_hidden, forget["loss_mask"])
+        target = (
+            {"coefficient": inputs["coefficient"]}
+            if "coefficient" in inputs
+            else self.coefficient.loss_arguments(topic, frozen_forget, forget_hidden, forget["loss_mask"])
+        )
         output = rmu_loss(
             forget_hidden,
             retain_hidden,
             frozen_retain.hidden,
             None if self.args.method == "rsv" else self.directions[topic],
             **target,
-            alpha=self.alphas[topic],
+            alpha=alpha,
             relative=self.args.relative,
             retain_noise=self.args.retain_noise,
             seed=noise_seed(self.args.seed, inputs["row"]),
             forget_mask=forget["loss_mask"],
             retain_mask=retain["loss_mask"],
+            reduction="mean" if tokens is None else "sum",
             metrics=True,
         )
+        loss = output.loss
         measured = {"forget_loss": output.forget_loss, "retain_loss": output.retain_loss, **output.metrics}
+        if tokens is not None:
+            size = self.window.hidden_size * max(tokens.forget, 1)
+            loss = loss * (self.args.world_size / size)
+            measured = self._shares(measured, inputs["counted"], tokens)
         if len(self.alphas) > 1:
             measured |= {f"{name}_{topic}": measured[name] for name in ("forget_loss", "retain_loss")}
         for name, value in measured.items():
             self._measured[name].append(value)
-        loss = output.loss
         if rounds_as_released:
             loss = compat.low_precision_loss(
                 forget_hidden,
@@ -249,7 +343,22 @@ class RMUTrainer(Trainer):
                 float(target["coefficient"]),
                 self.alphas[topic],
             )
+        bad = ~torch.isfinite(loss.detach()) & (self._bad_row < 0)
+        self._bad_row = torch.where(bad, inputs["row"], self._bad_row)
         return (loss, {"forget": forget_hidden, "retain": retain_hidden}) if return_outputs else loss
+
+    def _shares(
+        self, measured: dict[str, Tensor], counted: tuple[int, int], tokens: StepTokens
+    ) -> dict[str, Tensor]:
+        """Sums of squared errors, and means over this batch's tokens, as shares that add up to the step's means."""
+        shares = {}
+        for name, value in measured.items():
+            own, all_tokens = (
+                (counted[1], tokens.retain) if name.startswith("retain") else (counted[0], tokens.forget)
+            )
+            own = 1 / self.window.hidden_size if name.endswith("_loss") else own
+            shares[name] = value * (own / max(all_tokens, 1))
+        return shares
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: RMUConfig, model: nn.Module | None = None) -> tuple[Any, Any]:
@@ -262,15 +371,29 @@ class RMUTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the losses, norms and cosines, averaged since the last log; with several topics each topic's losses too."""
         if "loss" in logs:
-            for name, values in self._measured.items():
-                logs[name] = torch.stack(values).mean().item()
+            self._check_finite()
+            names = list(self._measured)
+            if names:
+                batches = self.args.gradient_accumulation_steps
+                means = torch.stack([torch.stack(self._measured[name]).mean() * batches for name in names])
+                logs |= dict(zip(names, self.accelerator.reduce(means, "sum").tolist(), strict=True))
             self._measured.clear()
-            if not all(math.isfinite(logs[name]) for name in ("forget_loss", "retain_loss")):
-                raise NonFiniteLossError(
-                    f"loss: not finite by step {self.state.global_step} (forget {logs['forget_loss']}, retain "
-                    f"{logs['retain_loss']}); nothing was saved. A lower learning_rate or float32 may help"
-                )
         super().log(logs, start_time)
+
+    def _check_run(self) -> None:
+        self._check_finite()
+        self._check_trained()
+
+    def _check_finite(self) -> None:
+        """Raise :class:`NonFiniteLossError` if some loss so far was not finite; to be called on every process."""
+        bad = [row for row in self.accelerator.gather(self._bad_row.reshape(1)).tolist() if row >= 0]
+        schedule, step = self.train_dataset, self.state.global_step
+        if bad:
+            row = min(bad)
+            raise NonFiniteLossError(
+                f"loss: not finite at step {row // schedule.rows + 1}, {schedule.describe(row, self.args.train_batch_size)}; "
+                f"stopped at step {step}, {self._kept()}. A lower learning_rate or float32 may help"
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the original checkpoint with exactly the trained tensors changed, or a LoRA adapter; and the run's record.
@@ -281,13 +404,20 @@ class RMUTrainer(Trainer):
             ValueError: the model was given in memory without a folder it was loaded from, or was changed after that.
         """
         folder = Path(output_dir or self.args.output_dir)
-        if not self.args.should_save:
-            return
         if _internal_call:
-            self._save_trained(folder)
+            if self.args.should_save:
+                self._save_trained(folder)
             return
+        self._check_trained()
+        self._together(lambda: self._write_result(folder), main_only=True)
+
+    def _check_trained(self) -> None:
         if not all(torch.isfinite(tensor).all() for _, tensor in self.window.trained_tensors()):
-            raise ValueError("loss: the trained tensors are not finite; nothing was saved")
+            raise NonFiniteLossError(
+                f"loss: the trained tensors are not finite at step {self.state.global_step}; {self._kept()}"
+            )
+
+    def _write_result(self, folder: Path) -> None:
         if self.base_folder and folder.resolve() == self.base_folder.resolve():
             raise ValueError(f"output_dir: {folder} is the original model, expected another folder")
         record = self.run_record()
@@ -298,14 +428,44 @@ class RMUTrainer(Trainer):
         }
         if isinstance(self.window, LoRAWindow):
             self.window.save_adapter(folder, self.base_name, extra_files)
-            return
-        if self.stored is None or self.base_folder is None:
+        elif self.stored is None or self.base_folder is None:
             raise ValueError(
                 "model: it was given in memory, without a folder whose other tensors could be kept"
             )
-        if self._edited:
-            raise ValueError(f"{self._edit_message()}; save it with save_pretrained and give that folder")
-        save_unlearned(self.base_folder, folder, self.window.trained_tensors(), self.stored, extra_files)
+        else:
+            if self._edited:
+                raise ValueError(f"{self._edit_message()}; save it with save_pretrained and give that folder")
+            save_unlearned(self.base_folder, folder, self.window.trained_tensors(), self.stored, extra_files)
+        if self.args.push_to_hub:
+            self.push_to_hub(folder=folder)
+
+    def push_to_hub(
+        self, commit_message: str | None = None, *, folder: str | Path | None = None, **kwargs: Any
+    ) -> Any:
+        """Upload a saved result (default: ``output_dir``) to ``hub_model_id``; never the state of training.
+
+        Args:
+            commit_message: default: names the base model.
+            folder: what :meth:`save_model` wrote.
+            kwargs: as in ``transformers.Trainer.push_to_hub`` and ``HfApi.upload_folder``.
+        """
+        from huggingface_hub import HfApi
+
+        if not self.is_world_process_zero():
+            return None
+        if getattr(self, "hub_model_id", None) is None:
+            self.init_hf_repo()
+        return HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=str(folder or self.args.output_dir),
+            commit_message=commit_message or f"{self.base_name}, unlearned",
+            token=kwargs.pop("token", self.args.hub_token),
+            ignore_patterns=["checkpoint-*", "runs/*", ".*"],
+            **kwargs,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Checkpoints during training are no models: they stay here."""
 
     def _edit_message(self) -> str:
         return f"model: {self._edited[0]} is not as in {self.base_folder}, which the model was loaded from"
@@ -357,9 +517,12 @@ class RMUTrainer(Trainer):
             {name: tensor.contiguous() for name, tensor in self.window.trained_tensors()},
             folder / TRAINED_FILE,
         )
-        (folder / STATE_FILE).write_text(
-            json.dumps({"first_batch_coefficients": self.coefficient.state(), "record": self.run_record()})
-        )
+        state = {
+            "first_batch_coefficients": self.coefficient.state(),
+            "rows": self.train_dataset.rows,
+            "record": self.run_record(),
+        }
+        (folder / STATE_FILE).write_text(json.dumps(state))
         (folder / DIRECTIONS_FILE).write_bytes(directions_to_bytes(self.directions))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -367,8 +530,22 @@ class RMUTrainer(Trainer):
         if not (folder / TRAINED_FILE).is_file():
             raise ValueError(f"resume_from_checkpoint: {folder} has no {TRAINED_FILE}")
         state = json.loads((folder / STATE_FILE).read_text())
+        if state["rows"] != self.train_dataset.rows:
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} is of steps of {state['rows']} rows, these have {self.train_dataset.rows}"
+            )
+        # The rows of a step may be split in another way.
+        settings = json.loads(json.dumps(self.args.method_settings()))
+        split = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        changed = [
+            name
+            for name, value in settings.items()
+            if name not in split and value != state["record"]["settings"].get(name)
+        ]
+        if changed:
+            warnings.warn(f"resuming {folder} with another {', '.join(changed)}", stacklevel=2)
         if self.base_folder is not None:
-            fingerprint = state.get("record", {}).get("base_fingerprint")
+            fingerprint = state["record"].get("base_fingerprint")
             check_base(self.base_folder, (self.stored or {}).values(), fingerprint, "model", folder)
         self.window.load_trained_tensors(load_file(folder / TRAINED_FILE))
         self.coefficient.load_state(state["first_batch_coefficients"], self.args.device)

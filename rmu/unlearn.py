@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from rmu.callbacks import EvaluationCallback, PlateauCallback
 from rmu.checkpoint import (
+    CONFIG_FILE,
     as_safetensors,
     check_disk_space,
     check_output_folder,
@@ -19,8 +21,11 @@ from rmu.checkpoint import (
 from rmu.compat import released_settings
 from rmu.config import RMUConfig, UnlearningArguments
 from rmu.data import load_corpus
+from rmu.directions import FILE_NAME as DIRECTIONS_FILE
+from rmu.lora import ADAPTER_FILE
 from rmu.plan import plan_run, short
-from rmu.trainer import RMUTrainer, load_arguments
+from rmu.resume import STAGING
+from rmu.trainer import RUN_FILE, RMUTrainer, load_arguments
 
 
 def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
@@ -36,15 +41,26 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
     if not config.output_dir:
         raise ValueError("output_dir: not given, expected a new or an empty folder")
     output = Path(config.output_dir)
-    check_output_folder(output, ("checkpoint-", "runs") if config.resume_from_checkpoint else ())
     folder = local_folder(arguments.model, arguments.allow_pickle)
+    resumes = str(config.resume_from_checkpoint).lower() not in ("none", "false")
+    check_output_folder(output, own_entries(folder, output) if resumes else ())
     if not (arguments.allow_pickle and has_only_pickles(folder)):
         stored_tensors(folder)
+
+    for index in arguments.raw_lines:
+        if not 0 <= index < len(arguments.forget):
+            raise ValueError(
+                f"raw_lines: got {index}, expected 0 to {len(arguments.forget) - 1}, a forget corpus"
+            )
 
     def corpora(name: str) -> list:
         return [
             load_corpus(
-                source, field=arguments.text_field, min_length=arguments.min_length, argument=f"{name}[{i}]"
+                source,
+                field=arguments.text_field,
+                min_length=arguments.min_length,
+                raw_lines=name == "forget" and i in arguments.raw_lines,
+                argument=f"{name}[{i}]",
             )
             for i, source in enumerate(getattr(arguments, name))
         ]
@@ -75,13 +91,41 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
         add_callbacks(trainer, arguments, whole)
         trainer.base_name = arguments.model
         if trainer.stored is not None:
-            check_disk_space(Path(base), output, (entry.file for entry in trainer.stored.values()))
-        print(describe(trainer))
+            files = (entry.file for entry in trainer.stored.values())
+            check_disk_space(Path(base), output, files, checkpoints_size(trainer))
+        speaks = config.process_index == 0
+        if speaks:
+            print(describe(trainer), flush=True)
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-        if trainer.rounding:
+        if trainer.rounding and speaks:
             print(trainer.rounding.summary())
         trainer.save_model()
     return output
+
+
+def own_entries(folder: Path, output: Path) -> tuple[str, ...]:
+    """How the names begin that a run which was killed may have left in ``output``.
+
+    Without the file that makes it a model or an adapter: that one is written last, so the run that wrote it had ended.
+    """
+    result = {path.name for path in folder.iterdir()} | {ADAPTER_FILE, RUN_FILE, DIRECTIONS_FILE, "README.md"}
+    return ("checkpoint-", "runs", STAGING, f".{output.name}.", *sorted(result - {CONFIG_FILE}))
+
+
+def checkpoints_size(trainer: RMUTrainer) -> int:
+    """Bytes of the checkpoints that the settings ask for, with the one that is written before an old one goes."""
+    args = trainer.args
+    if args.save_strategy == "no":
+        return 0
+    number = 1
+    if args.save_strategy == "steps":
+        every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * args.max_steps)
+        number = math.ceil(args.max_steps / every)
+    if args.save_total_limit:
+        number = min(number, args.save_total_limit + 1)
+    # Adam keeps two values for each trained one; of other optimizers the least is known.
+    each = 3 if args.optim.startswith("adamw") and "bit" not in args.optim else 1
+    return number * each * sum(tensor.nbytes for _, tensor in trainer.window.trained_tensors())
 
 
 def add_callbacks(trainer: RMUTrainer, arguments: UnlearningArguments, whole: PreTrainedModel | None) -> None:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
+from rmu.blocks import Index, all_blocks, part, put, without_overlap
 from rmu.embedding import HostEmbedding
 from rmu.recording import (
     FrozenPass,
@@ -31,7 +33,9 @@ from rmu.recording import (
 )
 
 # The matrix that writes the MLP's output into the residual stream, by the names decoder models give it.
-MLP_OUTPUT_PARAMETERS = r"\.(down_proj|c_proj|dense_4h_to_h|fc2)(\.weight)?$"
+MLP_OUTPUT_PARAMETERS = r"\.(down_proj|c_proj|dense_4h_to_h|fc2|w2)(\.weight)?$"
+# Tables of learned positions, by the names decoder models give them.
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 _ATTENTION = re.compile(r"\.(attn|attention|self_attn|self_attention)\.")
 
 
@@ -41,6 +45,19 @@ def check_layer(layer: int, number: int) -> None:
         raise ValueError(
             f"layer: got {layer}, expected 0 to {number - 1} (the model has {number} decoder layers)"
         )
+
+
+def check_lengths(model: nn.Module, **lengths: Sequence[int]) -> None:
+    """Raise ``ValueError`` when a model with learned absolute positions (GPT-2, OPT) has fewer than a length asks for."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
+            # OPT keeps two more rows than it has positions.
+            limit = min(module.num_embeddings, model.config.max_position_embeddings)
+            for argument, values in lengths.items():
+                if max(values) > limit:
+                    raise ValueError(
+                        f"{argument}: got {max(values)}, expected at most {limit}, the positions that the model has"
+                    )
 
 
 def select_parameters(
@@ -127,7 +144,10 @@ class LayerWindow(nn.Module):
         path = next(name for name, module in self.model.named_modules() if module is layers)
         by_layer = {i: f"{prefix}{path}.{i}." for i in range(layer + 1)}
         tensors = {prefix + name: tensor for name, tensor in self.model.named_parameters()}
-        self.trained_names = select_parameters(list(tensors), trained_parameters, by_layer, trained_layers)
+        blocks = all_blocks(model.config.get_text_config().model_type, tensors)
+        selected = select_parameters(list(blocks), trained_parameters, by_layer, trained_layers)
+        self.trained_names = without_overlap(selected, blocks)
+        self.blocks = {name: blocks[name] for name in self.trained_names}
         self.first_layer = min(
             i for i in trained_layers if any(n.startswith(by_layer[i]) for n in self.trained_names)
         )
@@ -137,20 +157,23 @@ class LayerWindow(nn.Module):
         # What layer k computes before it comes to a trained tensor is the same in the rerun; it costs memory until then.
         self.keeps_outputs = True
         self.checkpointing = False
-        self._local_names = [
-            {
-                n.removeprefix(by_layer[i]): j
-                for j, n in enumerate(self.trained_names)
-                if n.startswith(by_layer[i])
-            }
-            for i in range(self.first_layer, layer + 1)
-        ]
+        # Of each layer, the tensors in which something trains, with the places of the trained parts.
+        self._local_parts: list[dict[str, list[tuple[Index, int]]]] = []
+        for i in range(self.first_layer, layer + 1):
+            parts: dict[str, list[tuple[Index, int]]] = {}
+            for j, (name, index) in enumerate(self.blocks.values()):
+                if name.startswith(by_layer[i]):
+                    parts.setdefault(name.removeprefix(by_layer[i]), []).append((index, j))
+            self._local_parts.append(parts)
         owners = {
-            name.removeprefix(prefix).rpartition(".")[0]
-            for name in self.trained_names
-            if name.startswith(by_layer[self.first_layer])
+            block.tensor.removeprefix(prefix).rpartition(".")[0]
+            for block in self.blocks.values()
+            if block.tensor.startswith(by_layer[self.first_layer])
         }
-        self.trained = self._trainable({n: tensors[n] for n in self.trained_names}, parameter_dtype)
+        self.trained = self._trainable(
+            {name: part(tensors[block.tensor], block.index) for name, block in self.blocks.items()},
+            parameter_dtype,
+        )
         # After an adapter has taken a module's place.
         self._trained_modules = [self.model.get_submodule(name) for name in sorted(owners)]
 
@@ -254,10 +277,11 @@ class LayerWindow(nn.Module):
             return hidden_state(self._call_layer(i, (hidden, *args), kwargs))
 
     def _call_layer(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        layer, local_names = self._window[i], self._local_names[i]
+        layer = self._window[i]
         # One cast a pass: sharing it would sum the gradients of the passes in the model's dtype.
         tensors = {
-            name: self.trained[j].to(layer.get_parameter(name).dtype) for name, j in local_names.items()
+            name: put(layer.get_parameter(name), ((index, self.trained[j]) for index, j in places))
+            for name, places in self._local_parts[i].items()
         }
         return functional_call(layer, tensors, args, kwargs)
 
@@ -296,16 +320,19 @@ class LayerWindow(nn.Module):
             ValueError: the model lacks one of the tensors, or has it in another shape.
         """
         parameters = dict(model.named_parameters())
+        places: dict[str, list[tuple[Index, Tensor]]] = {}
         for name, tensor in self.trained_tensors():
-            if name not in parameters or parameters[name].shape != tensor.shape:
+            whole, index = self.blocks[name]
+            if whole not in parameters or part(parameters[whole], index).shape != tensor.shape:
                 raise ValueError(
                     f"model: {type(model).__name__} has no tensor {name} of shape {list(tensor.shape)}, "
                     "expected the whole model of this window"
                 )
-        kept = {name: parameters[name].data for name in self.trained_names}
+            places.setdefault(whole, []).append((index, tensor))
+        kept = {name: parameters[name].data for name in places}
         try:
-            for name, tensor in self.trained_tensors():
-                parameters[name].data = tensor.to(parameters[name])
+            for name, parts in places.items():
+                parameters[name].data = put(parameters[name].data, parts)
             yield
         finally:
             for name, data in kept.items():
@@ -329,7 +356,11 @@ class LayerWindow(nn.Module):
 
 
 def load_layers(model: str, layer: int, **load_arguments: Any) -> PreTrainedModel:
-    """The base model of a folder or hub id with layers ``0..layer`` only, and no language-model head."""
+    """The base model of a folder or hub id with layers ``0..layer`` only, and no language-model head.
+
+    Raises:
+        ValueError: layer out of range, or a tensor without weights in the checkpoint.
+    """
     config = AutoConfig.from_pretrained(
         model, trust_remote_code=load_arguments.get("trust_remote_code", False)
     )
@@ -337,7 +368,16 @@ def load_layers(model: str, layer: int, **load_arguments: Any) -> PreTrainedMode
     check_layer(layer, text_config.num_hidden_layers)
     truncate_config(text_config, layer + 1)
     with _quiet_loading():
-        return AutoModel.from_pretrained(model, config=config, **load_arguments)
+        loaded, report = AutoModel.from_pretrained(
+            model, config=config, output_loading_info=True, **load_arguments
+        )
+    # Transformers would leave them at random values; 4.57 does so with Gemma 3, whose names it does not map.
+    if report["missing_keys"]:
+        raise ValueError(
+            f"model: transformers {transformers_version} finds no weights in {model} for {sorted(report['missing_keys'])[0]} "
+            f"and {len(report['missing_keys']) - 1} more tensors; another version may"
+        )
+    return loaded
 
 
 def truncate_config(config: Any, number: int) -> None:

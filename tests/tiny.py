@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -14,8 +15,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     set_seed,
 )
+from transformers import __version__ as transformers_version
 
 VOCABULARY = 96
+BEFORE_5 = int(transformers_version.split(".")[0]) < 5
+# Trainer logged the loss with four decimals before transformers 5.
+LOGGED_LOSS_ERROR = 1.01e-4 if BEFORE_5 else 0.0
 SMALL = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
@@ -36,7 +41,8 @@ ARCHITECTURES: dict[str, dict] = {
     "qwen2": {**SMALL, **GROUPED},
     "qwen3": {**SMALL, **GROUPED, "head_dim": 8},
     "gpt2": SMALL,
-    "gpt_neo": {**SMALL, "attention_types": [[["global", "local"], 2]], "window_size": 5},
+    # Its configuration takes num_hidden_layers under its own name only before transformers 5.
+    "gpt_neo": {**SMALL, "num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 5},
     "gpt_neox": {**SMALL, "intermediate_size": 48},
     "opt": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "phi": {**SMALL, **GROUPED},
@@ -54,6 +60,12 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **changes) -> PreTrai
         architecture, **{**ARCHITECTURES[architecture], "initializer_range": 0.1, **changes}
     )
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def skip_unless_loaded(architecture: str) -> None:
+    """Transformers 4.57 leaves the base model of a Gemma 3 folder at random values."""
+    if BEFORE_5 and architecture == "gemma3_text":
+        pytest.skip("transformers 4.57 does not load the base model of Gemma 3")
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

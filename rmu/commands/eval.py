@@ -31,16 +31,23 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code of the checkpoint")
+    parser.add_argument(
+        "--allow_pickle", action="store_true", help="read pickle weights where there is no safetensors"
+    )
     parser.add_argument("--output", help="also write the numbers to this JSON file")
     arguments = parser.parse_args(argv)
     if arguments.output and Path(arguments.output).exists():
         raise ValueError(f"output: {arguments.output} exists; name a new file")
+    if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
+        raise ValueError(f"output: no such folder: {Path(arguments.output).absolute().parent}")
 
     inputs = evaluation_inputs()
     texts = inputs["prose"]
     if arguments.corpus:
         texts = load_corpus(arguments.corpus, field=arguments.text_field, argument="corpus")[:]["text"]
-    model, tokenizer = load_model(arguments.model, arguments.dtype, arguments.trust_remote_code)
+    model, tokenizer = load_model(
+        arguments.model, arguments.dtype, arguments.trust_remote_code, arguments.allow_pickle
+    )
     rows = evaluate_tasks(
         model,
         tokenizer,

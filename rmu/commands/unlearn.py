@@ -10,4 +10,6 @@ from rmu.unlearn import unlearn
 
 def main(argv: Sequence[str]) -> None:
     arguments, config = parse_unlearn(argv)
-    print(f"saved: {unlearn(arguments, config)}")
+    output = unlearn(arguments, config)
+    if config.process_index == 0:
+        print(f"saved: {output}")

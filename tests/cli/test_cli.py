@@ -1,6 +1,7 @@
 """The ``rmu`` command: one line and exit code 2 for bad input, nothing half-written, settings from YAML and flags."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rmu.cli import main
+from rmu.evaluation import load_model
 from rmu.settings import parse_unlearn, preset_names, read_settings
 from tests.tiny import random_texts, tiny_folder, write_jsonl
 
@@ -101,7 +103,7 @@ def test_pickles_only_unless_asked(place, capsys):
     for path in [*base.glob("*.safetensors"), base / "model.safetensors.index.json"]:
         path.unlink()
     torch.save(model.state_dict(), base / "pytorch_model.bin")
-    fails(capsys, arguments(place), "pickle weights only", "--allow_pickle true")
+    fails(capsys, arguments(place), "pickle weights only", "--allow_pickle")
     assert main(arguments(place, allow_pickle="true")) == 0
     new = AutoModelForCausalLM.from_pretrained(place / "out", use_safetensors=True)
     assert torch.equal(new.model.layers[3].mlp.down_proj.weight, model.model.layers[3].mlp.down_proj.weight)
@@ -186,3 +188,42 @@ def test_help_is_short_enough_to_read(capsys):
 def test_unknown_setting_in_a_preset_is_caught():
     with pytest.raises(ValueError, match="no file and no preset"):
         read_settings("nope", ["layer"])
+
+
+def test_raw_lines_of_a_topic(place, capsys):
+    assert main(arguments(place, raw_lines="0", max_steps="1")) == 0
+    fails(capsys, arguments(place, raw_lines="1", output_dir="other"), "raw_lines: got 1, expected 0 to 0")
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+def test_texts_longer_than_the_models_positions(place, capsys, architecture):
+    base = tiny_folder(place / architecture, architecture)
+    for name in ("forget_max_length", "retain_max_length"):
+        lengths = {"forget_max_length": "128", "retain_max_length": "128"} | {name: "129"}
+        fails(capsys, arguments(place, model=str(base), **lengths), f"{name}: got 129, expected at most 128")
+    # As many tokens as there are positions do run.
+    long = write_jsonl(place / "long.jsonl", ["w1 " * 200] * 4)
+    lengths = {"forget_max_length": "128", "retain_max_length": "128", "forget": str(long), "max_steps": "1"}
+    assert main(arguments(place, model=str(base), **lengths)) == 0
+
+
+def test_eval_checks_its_output_first(place, capsys):
+    output = str(place / "nowhere" / "numbers.json")
+    fails(capsys, ["eval", "--model", str(place / "base"), "--output", output], "output: no such folder")
+
+
+def test_eval_reads_pickles_when_asked(place):
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    pickled = place / "pickled"
+    shutil.copytree(place / "base", pickled, ignore=shutil.ignore_patterns("*.safetensors*"))
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickle weights only"):
+        load_model(pickled)
+    loaded, _ = load_model(pickled, allow_pickle=True)
+    assert torch.equal(loaded.lm_head.weight.cpu(), model.lm_head.weight)
+
+
+def test_a_reader_that_leaves_early():
+    command = f"{sys.executable} -m rmu presets | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 141 and done.stderr == ""

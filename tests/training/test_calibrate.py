@@ -17,7 +17,7 @@ BOS, PAD = 500.0, 10_000.0  # norms planted for the tokens that must stay out
 
 def planted_folder(folder):
     """A gpt2 whose layers add constants: after layer i, token t has the norm sqrt(e_t^2 + (i + 1)^2)."""
-    model = tiny_model("gpt2", num_hidden_layers=LAYERS)
+    model = tiny_model("gpt2", num_hidden_layers=LAYERS, max_position_embeddings=512)
     with torch.no_grad():
         base = model.transformer
         base.wte.weight.zero_()

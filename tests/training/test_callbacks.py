@@ -167,6 +167,18 @@ def test_a_flat_loss_stops_the_run(tmp_path):
     assert trainer.state.global_step == 10 and "not lower for 5 steps" in trainer.stopped_by
 
 
+def test_a_plateau_counts_the_steps_before_a_resume(tmp_path):
+    flat = dict(max_steps=20, learning_rate=1e-12, shuffle=False, logging_steps=5, alpha=[0.0])
+    trainer = trainer_of(tmp_path, **flat, save_strategy="steps", save_steps=5)
+    trainer.add_callback(PlateauCallback(trainer, 10))
+    trainer.train()
+    assert trainer.state.global_step == 15
+    resumed = trainer_of(tmp_path, **flat)
+    resumed.add_callback(PlateauCallback(resumed, 10))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-10"))
+    assert resumed.state.global_step == 15
+
+
 def test_a_falling_loss_does_not(tmp_path):
     trainer = trainer_of(tmp_path, max_steps=8, learning_rate=5e-2, alpha=[0.0])
     trainer.add_callback(PlateauCallback(trainer, 4))

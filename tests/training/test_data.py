@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +133,95 @@ def test_stub_tokenizers_are_refused():
     for vocabulary in (VOCABULARY - 1, 10 * VOCABULARY):
         with pytest.raises(ValueError, match="not this model's tokenizer"):
             check_tokenizer(word_tokenizer(), vocabulary)
+
+
+def test_wmdp_file_layouts(tmp_path):
+    """Lines of the bio forget corpus have further fields; cyber's text may hold line breaks and any character."""
+    bio, cyber = tmp_path / "bio-forget-corpus.jsonl", tmp_path / "cyber-forget-corpus.jsonl"
+    row = {"title": "A title", "abstract": "An abstract", "text": "The paper.", "doi": "10.1/2"}
+    bio.write_text(json.dumps(row) + "\n")
+    texts = ['int main() {\n\treturn 0; // "quoted"\n}', "zweite Zeile \u2028 \u00e4"]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    cyber.write_text("".join(lines))
+    assert load_corpus(str(bio))[:]["text"] == ["The paper."]
+    assert load_corpus(str(bio), field="abstract")[:]["text"] == ["An abstract"]
+    assert load_corpus(str(cyber))[:]["text"] == texts
+    with open(cyber) as stream:  # as the released loop reads it
+        assert load_corpus(str(cyber), raw_lines=True)[:]["text"] == list(stream) == lines
+
+
+def test_raw_lines_need_a_local_file():
+    with pytest.raises(ValueError, match="no lines to be read raw, expected a local text or jsonl file"):
+        load_corpus("cais/wmdp-corpora:cyber-forget-corpus", raw_lines=True)
+
+
+def test_first_rows_without_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": null}\n{"text": null}\n{"text": "w1"}\n')
+    assert load_corpus(str(path))[:]["text"] == ["w1"]
+    path.write_text('{"text": null}\n')
+    with pytest.raises(ValueError, match="is empty"):
+        load_corpus(str(path))
+
+
+def test_hub_ids(monkeypatch):
+    asked = []
+
+    def load_dataset(name, configuration, split):
+        asked.append((name, configuration, split))
+        return Dataset.from_dict({"text": ["w1"]})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for source in (
+        "cais/wmdp-bio-forget-corpus",
+        "cais/wmdp-corpora:cyber-forget-corpus",
+        "Salesforce/wikitext:wikitext-2-raw-v1:test",
+    ):
+        assert load_corpus(source)[:]["text"] == ["w1"]
+    assert asked == [
+        ("cais/wmdp-bio-forget-corpus", None, "train"),
+        ("cais/wmdp-corpora", "cyber-forget-corpus", "train"),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    ]
+
+
+def gated_errors():
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import GatedRepoError
+
+    response = SimpleNamespace(status_code=401, headers={}, request=None)
+    unauthorized = OSError("401 Client Error: Unauthorized for url")
+    unauthorized.response = response
+    gated = GatedRepoError("Access to dataset X is restricted.\nmore", response=response)
+    known = DatasetNotFoundError("Dataset 'X' is a gated dataset on the Hub. You must be authenticated.")
+    known.__cause__ = gated
+    return [unauthorized, gated, known]
+
+
+@pytest.mark.parametrize("error", gated_errors(), ids=lambda e: type(e).__name__)
+def test_gated_data_sets_say_what_to_do(monkeypatch, error):
+    def load_dataset(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(ValueError) as caught:
+        load_corpus("cais/wmdp-bio-forget-corpus", argument="forget[0]")
+    assert str(caught.value) == (
+        "forget[0]: cais/wmdp-bio-forget-corpus cannot be read: access is not granted; accept its terms on "
+        "https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus and log in with `hf auth login`"
+    )
+
+
+def test_a_data_set_that_the_hub_does_not_show(monkeypatch):
+    """Without a login the hub says of a private data set that it does not exist."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    def load_dataset(*args, **kwargs):
+        raise DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="doesn't exist .*; if it is gated or private, accept its terms"):
+        load_corpus("a/b")
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

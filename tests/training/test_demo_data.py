@@ -26,6 +26,7 @@ from rmu.demo import (
 )
 from rmu.demo import model as demo_model_module
 from rmu.demo.model import demo_model
+from tests.tiny import BEFORE_5
 
 TRAINING = ("forget", "retain_glosses", "retain_prose")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "build_demo_data.py"
@@ -277,6 +278,7 @@ def write_gguf(path, vocabulary, embeddings):
     return tensors
 
 
+@pytest.mark.skipif(BEFORE_5, reason="transformers 4.57 reads no GGUF tokenizer with the tokenizers of today")
 def test_conversion_gives_an_ordinary_bfloat16_folder(tmp_path):
     (tmp_path / "source").mkdir()
     tensors = write_gguf(tmp_path / "source" / "tiny.gguf", vocabulary=20, embeddings=20)
@@ -289,6 +291,7 @@ def test_conversion_gives_an_ordinary_bfloat16_folder(tmp_path):
     assert list((tmp_path / "model").glob("*.safetensors"))
 
 
+@pytest.mark.skipif(BEFORE_5, reason="transformers 4.57 reads no GGUF tokenizer with the tokenizers of today")
 def test_conversion_refuses_a_tokenizer_that_does_not_fit(tmp_path):
     (tmp_path / "source").mkdir()
     write_gguf(tmp_path / "source" / "tiny.gguf", vocabulary=20, embeddings=24)

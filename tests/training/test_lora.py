@@ -12,7 +12,7 @@ from rmu import LayerWindow, RMUConfig, RMUTrainer
 from rmu.cli import main
 from rmu.lora import LoRAWindow
 from rmu.trainer import make_window
-from tests.tiny import random_texts, tiny_folder, tiny_model, word_tokenizer, write_jsonl
+from tests.tiny import random_texts, skip_unless_loaded, tiny_folder, tiny_model, word_tokenizer, write_jsonl
 
 peft = pytest.importorskip("peft")
 TEXTS = random_texts(1)
@@ -28,7 +28,7 @@ def config(folder, **changes) -> RMUConfig:
 def trained(tmp_path, architecture="llama", **changes) -> RMUTrainer:
     base = tmp_path / "base"
     if not base.exists():
-        tiny_folder(base, architecture)
+        tiny_folder(base, architecture, max_position_embeddings=512)
     trainer = RMUTrainer(base, config(tmp_path / "out", **changes), forget=[TEXTS], retain=[TEXTS])
     trainer.train()
     return trainer
@@ -36,6 +36,7 @@ def trained(tmp_path, architecture="llama", **changes) -> RMUTrainer:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text", "falcon"])
 def test_the_saved_adapter_on_the_full_model(tmp_path, architecture):
+    skip_unless_loaded(architecture)
     trainer = trained(tmp_path, architecture)
     trainer.save_model()
     window, base = trainer.window, tmp_path / "base"

@@ -13,7 +13,7 @@ from rmu import RMUConfig, RMUTrainer
 from rmu.checkpoint import weight_files
 from rmu.data import UnlearningCollator, UnlearningSchedule
 from rmu.directions import draw_directions
-from tests.tiny import random_texts, tiny_folder, tiny_model, word_tokenizer
+from tests.tiny import LOGGED_LOSS_ERROR, random_texts, tiny_folder, tiny_model, word_tokenizer
 from tests.training.test_window import hidden_state
 
 FORGET = [random_texts(1), random_texts(2, words=(8, 30))]
@@ -81,7 +81,7 @@ def test_a_run_equals_the_two_model_loop(tmp_path, settings):
     trainer.train()
     trainer.save_model()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == pytest.approx(losses, rel=1e-5)
+    assert logged == pytest.approx(losses, rel=1e-5, abs=LOGGED_LOSS_ERROR)
     new = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for (name, a), (_, b) in zip(expected.named_parameters(), new.named_parameters(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6, msg=name)
@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     base = tiny_folder(tmp_path / "base")
     args = config(tmp_path / "out", learning_rate=1e38, max_steps=20)
     trainer = RMUTrainer(str(base), args, forget=FORGET, retain=RETAIN)
-    with pytest.raises(ValueError, match="not finite by step"):
+    with pytest.raises(ValueError, match="not finite at step [0-9]+, topic [01]"):
         trainer.train()
 
 
@@ -190,7 +190,7 @@ def test_tensors_that_are_not_finite_are_not_saved(tmp_path):
     trainer = RMUTrainer(str(base), config(tmp_path / "out"), forget=FORGET, retain=RETAIN)
     with torch.no_grad():
         trainer.window.trained[0][0, 0] = float("nan")
-    with pytest.raises(ValueError, match="not finite; nothing was saved"):
+    with pytest.raises(ValueError, match="not finite at step 0; nothing was saved"):
         trainer.save_model()
     assert not (tmp_path / "out" / "config.json").exists()
 

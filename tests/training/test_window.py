@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from rmu.blocks import part
 from rmu.recording import decoder_layers, frozen_passes
 from rmu.window import LayerWindow
 from rmu_kernels import rmu_loss
-from tests.tiny import ARCHITECTURES, tiny_model
+from tests.tiny import ARCHITECTURES, BEFORE_5, skip_unless_loaded, tiny_model
 
 LAYER = {"gemma3_text": 5, "gpt_neo": 3}
 
@@ -39,6 +41,7 @@ def hidden_state(model, layer, ids, mask):
 
 @pytest.fixture(params=list(ARCHITECTURES))
 def saved(request, tmp_path):
+    skip_unless_loaded(request.param)
     model = tiny_model(request.param)
     model.save_pretrained(tmp_path)
     return model, tmp_path, LAYER.get(request.param, 2)
@@ -66,7 +69,7 @@ def test_loss_and_gradients_equal_a_two_model_loop(saved):
         for i, (name, tensor) in enumerate(zip(window.trained_names, window.trained, strict=True)):
             change = 0.05 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i))
             tensor.add_(change)
-            parameters[name].add_(change)
+            part(parameters[window.blocks[name].tensor], window.blocks[name].index).add_(change)
     direction = torch.rand(32, generator=torch.Generator().manual_seed(7))
     direction /= direction.norm()
     (forget_ids, forget_mask), (retain_ids, retain_mask) = batch(1), batch(2, rows=2, width=11)
@@ -95,7 +98,8 @@ def test_loss_and_gradients_equal_a_two_model_loop(saved):
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     for name, tensor in zip(window.trained_names, window.trained, strict=True):
-        torch.testing.assert_close(tensor.grad, parameters[name].grad, rtol=1e-4, atol=1e-6)
+        whole, index = window.blocks[name]
+        torch.testing.assert_close(tensor.grad, part(parameters[whole].grad, index), rtol=1e-4, atol=1e-6)
 
 
 def test_only_trained_tensors_have_gradients_and_the_model_never_changes():
@@ -176,6 +180,22 @@ def test_trained_tensors_round_trip():
     assert all(torch.equal(a, b) for a, b in zip(window.trained, other.trained, strict=True))
     with pytest.raises(ValueError, match="tensors: got"):
         other.load_trained_tensors({})
+
+
+@pytest.mark.skipif(not BEFORE_5, reason="transformers 5 loads it")
+def test_weights_that_would_stay_random_are_an_error(tmp_path):
+    tiny_model("gemma3_text").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="finds no weights in .* for .* more tensors"):
+        LayerWindow.from_pretrained(str(tmp_path), 2)
+
+
+def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="finds no weights in .* for layers.1.mlp.up_proj.weight and 0 more"):
+        LayerWindow.from_pretrained(str(tmp_path), 2)
 
 
 def count_calls(module):

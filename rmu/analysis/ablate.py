@@ -1,0 +1,100 @@
+"""Ablation of the direction that unlearning added (Arditi and Chughtai 2024, "Unlearning via RMU is mostly shallow")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rmu.analysis.questions import Tasks
+from rmu.analysis.states import layer_outputs, number_of_layers
+from rmu.calibrate import forget_batches
+from rmu.window import check_layer, decoder_layers
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@torch.no_grad()
+def mean_state(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    layer: int,
+    *,
+    max_length: int = 64,
+    batch_size: int = 8,
+) -> Tensor:
+    """``[D]`` fp32: the mean hidden state after a layer over all tokens of ``texts`` but first and BOS positions."""
+    total: Tensor | float = 0.0
+    number = 0
+    with layer_outputs(model, [layer]) as states:
+        for batch in forget_batches(texts, tokenizer, max_length, batch_size):
+            inputs = {n: batch[n].to(model.device) for n in ("input_ids", "attention_mask")}
+            model.base_model(**inputs, use_cache=False)
+            rows = states[layer][batch["loss_mask"].bool().to(model.device)].float()
+            total = total + rows.sum(0).cpu()
+            number += len(rows)
+    if not number:
+        raise ValueError("texts: none has a token beside its first, expected longer texts")
+    return torch.as_tensor(total / number)
+
+
+@contextmanager
+def projected_out(model: PreTrainedModel, layer: int, directions: Tensor) -> Iterator[None]:
+    """Within the block, the residual stream after ``layer`` has no part along ``directions`` (``[D]`` or ``[K, D]``).
+
+    Raises:
+        ValueError: the layer is out of range, or a direction is zero or of another size than the hidden state.
+    """
+    check_layer(layer, number_of_layers(model))
+    rows = directions.float().reshape(-1, directions.shape[-1])
+    size = model.config.get_text_config().hidden_size
+    if rows.shape[1] != size or not rows.norm(dim=1).min() > 0:
+        raise ValueError(
+            f"directions: got shape {list(directions.shape)}, expected vectors of {size} entries that are not zero"
+        )
+    basis = torch.linalg.qr(rows.T).Q.to(model.device)  # [D, K], orthonormal columns
+
+    def project(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        left = (hidden.float() - hidden.float() @ basis @ basis.T).to(hidden.dtype)
+        return (left, *output[1:]) if isinstance(output, tuple) else left
+
+    handle = decoder_layers(model, number_of_layers(model))[layer].register_forward_hook(project)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def ablate(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    directions: Tensor,
+    layer: int,
+    tasks: Tasks,
+) -> DataFrame:
+    """Accuracy of each model with and without the directions in its residual stream after ``layer``.
+
+    Args:
+        models: by name; the base model is the control.
+        directions: ``[D]`` or ``[K, D]``: the difference of :func:`mean_state` between unlearned and base model on forget text,
+            or the steering directions that the run kept.
+
+    Returns:
+        A row for each ``model``, ``directions`` (``kept``, ``removed``), ``side`` and ``task``: ``n``, ``accuracy``, ``stderr``.
+    """
+    import pandas as pd
+
+    rows = []
+    for name, model in models.items():
+        rows += [{"model": name, "directions": "kept", **row} for row in tasks.accuracy(model, tokenizer)]
+        with projected_out(model, layer, directions):
+            found = tasks.accuracy(model, tokenizer)
+        rows += [{"model": name, "directions": "removed", **row} for row in found]
+    return pd.DataFrame(rows)

@@ -1,0 +1,148 @@
+"""Is the answer still decodable from inner layers: by the model's own head (logit lens), by a linear probe?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rmu.analysis.questions import SIDES
+from rmu.analysis.states import final_norm, layer_outputs, number_of_layers, output_logits
+from rmu.window import check_layer
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def lens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[dict[str, Any]],
+    *,
+    layers: Sequence[int] | None = None,
+    folds: int = 5,
+    batch_size: int = 32,
+) -> DataFrame:
+    """Accuracy on multiple-choice questions read from single layers.
+
+    The logit lens puts a layer's state through the final norm and the output head, and takes the choice with the highest
+    log-likelihood; at the last layer that is the model's own answer. The linear probe is a logistic regression (scikit-learn, on
+    standardised features) that tells right choices from wrong ones by the state at a choice's last token, trained on other
+    questions of the same side (grouped cross-validation) and asked for the likeliest choice of each.
+
+    Args:
+        asked: questions with a ``prompt``, as :func:`rmu.analysis.questions.ask` gives them.
+        layers: default all.
+        folds: of the cross-validation.
+
+    Returns:
+        A row for each ``reader`` (``logit lens``, ``linear probe``), ``layer`` and ``side``: ``n``, ``accuracy``, ``stderr``.
+    """
+    import pandas as pd
+    from scipy.stats import sem
+
+    layers = list(range(number_of_layers(model)) if layers is None else layers)
+    for layer in layers:
+        check_layer(layer, number_of_layers(model))
+    likelihoods, features = choice_states(model, tokenizer, asked, layers, batch_size)
+    first = np.cumsum([0, *(len(q["choices"]) for q in asked)])
+    rows = []
+    for side in SIDES:
+        members = [i for i, question in enumerate(asked) if question["side"] == side]
+        if not members:
+            continue
+        if len(members) < folds:
+            raise ValueError(
+                f"folds: got {folds}, more than the {len(members)} questions of side {side}; give more questions"
+            )
+        gold = np.array([asked[i]["gold"] for i in members])
+        places = np.concatenate([np.arange(first[i], first[i + 1]) for i in members])
+        groups = np.concatenate([np.full(len(asked[i]["choices"]), j) for j, i in enumerate(members)])
+        right = np.concatenate([np.arange(len(asked[i]["choices"])) == asked[i]["gold"] for i in members])
+        for k, layer in enumerate(tqdm(layers, desc=f"Probes, {side} questions", unit="layer")):
+            scores = {
+                "logit lens": likelihoods[k, places],
+                "linear probe": _probe(features[k, places], right, groups, folds),
+            }
+            for reader, score in scores.items():
+                chosen = np.array([score[groups == j].argmax() for j in range(len(members))])
+                correct = (chosen == gold).astype(float)
+                rows.append(
+                    {
+                        "reader": reader,
+                        "layer": layer,
+                        "side": side,
+                        "n": len(members),
+                        "accuracy": correct.mean(),
+                        "stderr": sem(correct),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def _probe(features: np.ndarray, right: np.ndarray, groups: np.ndarray, folds: int) -> np.ndarray:
+    """The held-out score of each choice."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    # More features than questions: a strong penalty.
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=200))
+    return cross_val_predict(
+        probe, features, right, groups=groups, cv=GroupKFold(folds), method="decision_function"
+    )
+
+
+@torch.inference_mode()
+def choice_states(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[dict[str, Any]],
+    layers: Sequence[int],
+    batch_size: int = 32,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of every choice of every question, in order: log-likelihood by the logit lens ``[L, N]``, and the state at its last token
+    ``[L, N, D]`` fp32. A choice follows its prompt after a space, and each is cut into tokens as by lm-evaluation-harness."""
+    norm = final_norm(model)
+    sequences = []
+    for question in asked:
+        context = len(tokenizer(question["prompt"])["input_ids"])
+        for choice in question["choices"]:
+            ids = tokenizer(f"{question['prompt']} {choice}")["input_ids"]
+            if len(ids) <= context:
+                raise ValueError(f"questions: the choice {choice!r} adds no token to its prompt")
+            sequences.append((ids, context))
+    likelihoods: np.ndarray = np.zeros((len(layers), len(sequences)), dtype=np.float32)
+    features: np.ndarray = np.zeros(
+        (len(layers), len(sequences), model.config.get_text_config().hidden_size), dtype=np.float32
+    )
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
+    with layer_outputs(model, layers) as states:
+        for start in tqdm(range(0, len(order), batch_size), desc="Reading layers", unit="batch"):
+            batch = order[start : start + batch_size]
+            ids = torch.zeros(len(batch), max(len(sequences[i][0]) for i in batch), dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            places = []  # (row, position, token that follows)
+            for row, i in enumerate(batch):
+                tokens, context = sequences[i]
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+                mask[row, : len(tokens)] = 1
+                places += [(row, p - 1, tokens[p]) for p in range(context, len(tokens))]
+            model.base_model(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+            )
+            rows, positions, targets = (torch.tensor(column) for column in zip(*places, strict=True))
+            lasts = mask.sum(1) - 1
+            for k, layer in enumerate(layers):
+                hidden = states[layer]
+                logits = output_logits(model, norm(hidden[rows, positions]))
+                found = logits.log_softmax(-1).cpu().gather(1, targets[:, None])[:, 0]
+                sums = torch.zeros(len(batch)).index_add_(0, rows, found)
+                likelihoods[k, batch] = sums.numpy()
+                features[k, batch] = hidden[torch.arange(len(batch)), lasts].float().cpu().numpy()
+    return likelihoods, features

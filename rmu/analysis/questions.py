@@ -1,0 +1,198 @@
+"""Questions with a choice of answers, in any wording, scored by lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rmu.demo import TASKS, TASKS_PATH, read_data
+from rmu.evaluation import evaluate_tasks
+from rmu.verdict import pool
+
+SIDES = ("forget", "retain")
+_FIELDS = ("side", "choices", "gold")
+_LOADER = "from rmu.analysis.questions import load_rows as load\n"
+_TASK = """\
+task: {name}
+custom_dataset: !function rows.load
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+  rows: {path}
+"""
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of lm-evaluation-harness that tell how much a model knows.
+
+    Attributes:
+        forget, retain: names of tasks. Of a task whose questions carry a side, as the demo's do, only the questions of that side
+            count, so that both may name the same task.
+        include_path: a folder of task files.
+        limit: at most this many questions a task.
+        batch_size: requests of a forward pass.
+    """
+
+    forget: Sequence[str] = TASKS
+    retain: Sequence[str] = TASKS
+    include_path: str | Path | None = TASKS_PATH
+    limit: int | None = None
+    batch_size: int = 32
+
+    def accuracy(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+        """Rows ``{"side", "task", "n", "accuracy", "stderr"}``, one a side and task."""
+        names = list(dict.fromkeys([*self.forget, *self.retain]))
+        rows = evaluate_tasks(model, tokenizer, names, self.include_path, self.batch_size, self.limit)
+        return [
+            {"side": side, "task": name, **_pooled(part)}
+            for side in SIDES
+            for name in getattr(self, side)
+            if (part := [r for r in rows if r["task"] == name and r["side"] in (None, side)])
+        ]
+
+
+def _pooled(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All questions together, with the harness's estimate of the standard error (sample deviation over root n)."""
+    n, accuracy = sum(r["n"] for r in rows), pool(rows).accuracy
+    return {"n": n, "accuracy": accuracy, "stderr": math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1))}
+
+
+def read_questions(path: str | Path | None = None) -> list[dict[str, Any]]:
+    """Questions of a JSON-lines file, each with ``side`` (forget or retain), ``choices``, ``gold`` (index of the right one) and
+    the fields that templates name; without a path the demo's.
+
+    Raises:
+        ValueError: unreadable, empty, or a question without one of these fields.
+    """
+    if path is None:
+        return read_data("questions")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"questions: {path} is not a file of JSON lines: {error}") from error
+    if not rows:
+        raise ValueError(f"questions: {path} is empty")
+    for i, row in enumerate(rows):
+        missing = [name for name in _FIELDS if name not in row]
+        if missing or row["side"] not in SIDES or not 0 <= row["gold"] < len(row["choices"]):
+            raise ValueError(
+                f"questions: line {i + 1} of {path} is {row}, expected side (forget or retain), choices, and gold, an index"
+            )
+    return rows
+
+
+def demo_templates() -> dict[str, str]:
+    """The demo's question templates (Jinja), by name."""
+    names = [task.removeprefix("rmu_demo_") for task in TASKS]
+    texts = {name: (TASKS_PATH / f"{name}.yaml").read_text(encoding="utf-8") for name in names}
+    return {name: yaml.safe_load(text)["doc_to_text"] for name, text in texts.items()}
+
+
+def read_templates(path: str | Path) -> dict[str, str]:
+    """Question templates from a YAML file of ``name: Jinja text`` lines.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"templates: {path} is not valid YAML: {error}") from error
+    if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()):
+        raise ValueError(f"templates: {path} holds no 'name: text' lines")
+    return {str(name): text for name, text in found.items()}
+
+
+def ask(questions: Sequence[dict[str, Any]], template: str) -> list[dict[str, Any]]:
+    """The questions with a field ``prompt``, made of a Jinja template.
+
+    Raises:
+        ValueError: the template is not valid, or names a field that a question lacks.
+    """
+    from jinja2 import Environment, StrictUndefined, TemplateError
+
+    environment = Environment(undefined=StrictUndefined, autoescape=False)
+    try:
+        compiled = environment.from_string(template)
+        return [{**question, "prompt": compiled.render(question)} for question in questions]
+    except TemplateError as error:
+        raise ValueError(f"templates: {template!r}: {error}") from error
+
+
+def first(questions: Sequence[dict[str, Any]], side: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """At most ``limit`` questions of one side.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [question for question in questions if question["side"] == side][:limit]
+    if not found:
+        raise ValueError(f"questions: none is of side {side}")
+    return found
+
+
+def load_rows(rows: str, **_metadata: Any) -> Any:
+    """Called by the harness with a task file's metadata: its documents."""
+    from datasets import Dataset, DatasetDict
+
+    return DatasetDict(test=Dataset.from_list(json.loads(Path(rows).read_text(encoding="utf-8"))))
+
+
+@contextmanager
+def _task_folder(tasks: Mapping[str, Sequence[dict[str, Any]]]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "rows.py").write_text(_LOADER)
+        for task, rows in tasks.items():
+            kept = [
+                {key: row[key] for key in ("prompt", *_FIELDS)} | {"domain": row.get("domain", row["side"])}
+                for row in rows
+            ]
+            path = folder / f"{task}.json"
+            path.write_text(json.dumps(kept), encoding="utf-8")
+            (folder / f"{task}.yaml").write_text(_TASK.format(name=task, path=json.dumps(str(path))))
+        yield folder
+
+
+def question_accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Mapping[str, Sequence[dict[str, Any]]],
+    batch_size: int = 32,
+) -> list[dict[str, Any]]:
+    """Accuracy on questions that :func:`ask` made, by the likelihood of the choices.
+
+    Args:
+        asked: questions by the name of their wording.
+
+    Returns:
+        Rows ``{"task", "side", "n", "accuracy", "stderr"}``, one a wording and side.
+    """
+    names = {f"rmu_wording_{i}": name for i, name in enumerate(asked)}
+    with _task_folder({task: asked[name] for task, name in names.items()}) as folder:
+        rows = evaluate_tasks(model, tokenizer, list(names), folder, batch_size)
+    return [
+        {"task": name, "side": side, **_pooled(part)}
+        for task, name in names.items()
+        for side in SIDES
+        if (part := [r for r in rows if r["task"] == task and r["side"] == side])
+    ]

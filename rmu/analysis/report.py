@@ -1,0 +1,177 @@
+"""One page of everything that was measured: effect, side effects, robustness, cost."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rmu import figures
+from rmu.analysis.figures import FIGURES
+from rmu.analysis.findings import FINDINGS
+from rmu.analysis.output import read_analysis
+from rmu.report import LIMITS
+from rmu.report_page import Drawings, Items, Section, Table, Text, render_html, render_markdown
+from rmu.verdict import SUMMARY_HEADER, Finding, summary_rows, verdict
+
+TITLES = {
+    "rephrase": "Effect: other wordings",
+    "confidence": "Effect: token confidence",
+    "alignment": "Effect: alignment with the direction",
+    "mixed": "Side effects: a forget word in a retain question",
+    "gcg": "Robustness: adversarial suffixes",
+    "relearn": "Robustness: relearning",
+    "ablate": "Robustness: removing one direction",
+    "quantize": "Robustness: quantization",
+    "lens": "Robustness: reading inner layers",
+}
+
+_WORDS = {"met": "as hoped", "partly": "partly so", "missed": "not so", "unjudged": "without a verdict"}
+
+
+def gather(
+    folders: Sequence[str | Path], before: str | Path | None = None, after: str | Path | None = None
+) -> dict[str, Any]:
+    """Read what the commands wrote.
+
+    Args:
+        folders: of ``rmu analyze`` and ``rmu probe``; of ``rmu demo`` (``results.json``); of ``rmu unlearn`` (``rmu_run.json``).
+            Of what several hold, the last counts.
+        before, after: files that ``rmu eval --output`` wrote for the base and for the unlearned model.
+
+    Returns:
+        ``{"analyses": {name: (tables, record)}, "results": before and after, or None, "run": the run's record, or None}``.
+
+    Raises:
+        ValueError: no such folder or file, one that cannot be read, or nothing in them.
+    """
+    found: dict[str, Any] = {"analyses": {}, "results": None, "run": None}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise ValueError(f"folders: {folder} is not a folder")
+        for name in TITLES:
+            analysis = read_analysis(name, folder)
+            if analysis is not None:
+                found["analyses"][name] = analysis
+        for key, path in (("results", folder / "results.json"), ("run", folder / "rmu_run.json")):
+            if path.is_file():
+                found[key] = _read(path, "folders")
+        if (folder / "model" / "rmu_run.json").is_file():
+            found["run"] = _read(folder / "model" / "rmu_run.json", "folders")
+    if bool(before) != bool(after):
+        raise ValueError("before, after: got one of them, expected both or neither")
+    if before and after:
+        found["results"] = {"before": _read(Path(before), "before"), "after": _read(Path(after), "after")}
+    if not (found["analyses"] or found["results"] or found["run"]):
+        raise ValueError(
+            f"folders: {', '.join(map(str, folders))} hold no results of rmu analyze, probe, demo or unlearn"
+        )
+    return found
+
+
+def _read(path: Path, argument: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: {path} cannot be read as JSON: {error}") from error
+
+
+def _cost(found: dict[str, Any]) -> tuple[list[Finding], list[list[str]]]:
+    findings, rows = [], []
+    run = found["run"]
+    if run:
+        memory = run["peak_memory_bytes"] / 2**30
+        text = (
+            f"Unlearning took {run['train_seconds']:.0f} s for {run['steps']} steps and {memory:.2f} GiB at its peak on "
+            f"{run['device']}; it changed {len(run['trained_tensors'])} tensors."
+        )
+        findings.append(
+            Finding(
+                "Cost: time and memory", "unjudged", f"unlearning took {run['train_seconds']:.0f} s", text
+            )
+        )
+        rows.append(["rmu unlearn", f"{run['train_seconds']:.0f} s", f"{memory:.2f} GiB"])
+    for name, (_, record) in found["analyses"].items():
+        if "seconds" in record:
+            memory = record["peak_memory_bytes"] / 2**30
+            rows.append([name, f"{record['seconds']:.0f} s", f"{memory:.2f} GiB"])
+    return findings, rows
+
+
+def findings_of(found: dict[str, Any]) -> list[Finding]:
+    """Every verdict on what :func:`gather` read, in the order of the page, each goal under its kind."""
+    findings = []
+    for finding in verdict(found["results"]) if found["results"] else []:
+        kind = "Effect" if finding.goal.startswith("forget") else "Side effects"
+        findings.append(finding._replace(goal=f"{kind}: {finding.goal}"))
+    for name, title in TITLES.items():
+        if name in found["analyses"]:
+            kind = title.split(":")[0]
+            for finding in FINDINGS[name](found["analyses"][name][0]):
+                findings.append(finding._replace(goal=f"{kind}: {finding.goal}"))
+    order = ["Effect", "Side effects", "Robustness"]
+    findings.sort(key=lambda finding: order.index(finding.goal.split(":")[0]))
+    return findings + _cost(found)[0]
+
+
+def _headline(findings: Sequence[Finding]) -> str:
+    counts = Counter(finding.status for finding in findings)
+    parts = [f"{counts[status]} {word}" for status, word in _WORDS.items() if counts[status]]
+    return f"{len(findings)} findings: {', '.join(parts)}."
+
+
+def write_gathered_report(
+    found: dict[str, Any], folder: str | Path, title: str = "Unlearning, measured"
+) -> Path:
+    """Write ``report.html``, and ``report.md`` with PNG figures, of what :func:`gather` read; returns the page's path.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    folder = Path(folder)
+    sections = []
+    if found["results"]:
+        rows = summary_rows(found["results"])
+        note = "Accuracies in percent ± one standard error, their change in points."
+        sections.append(
+            Section("Effect and side effects", [Text(note), Table("Before and after", SUMMARY_HEADER, rows)])
+        )
+    for name, title_of_section in TITLES.items():
+        if name in found["analyses"]:
+            tables, record = found["analyses"][name]
+            drawings = Drawings(FIGURES[name](tables, record.get("chance")))
+            sections.append(Section(title_of_section, [drawings]))
+    rows = _cost(found)[1]
+    if rows:
+        sections.append(Section("Cost", [Table("Time and memory", ["", "time", "peak memory"], rows)]))
+    settings = (found["run"] or {}).get("settings") or {}
+    if settings:
+        table = Table(
+            "Settings of the run", ["setting", "value"], [[k, str(v)] for k, v in settings.items()], 2
+        )
+        sections.append(Section("Settings", [table]))
+    note = (
+        "What is not on this page was not measured. Each probe is one attack with one budget: that it fails does not show that the "
+        "knowledge is gone, and another seed gives other numbers."
+    )
+    sections.append(Section("Limits", [Items([LIMITS[0], note])]))
+    models = {
+        f"{name}: {record['settings'][name]}"
+        for _, record in found["analyses"].values()
+        for name in ("base", "unlearned")
+        if record.get("settings", {}).get(name)
+    }
+    findings = findings_of(found)
+    page = (title, sorted(models), _headline(findings), findings, sections)
+    folder.mkdir(parents=True, exist_ok=True)
+    for section in sections:
+        for block in section.blocks:
+            for drawing in block.drawings if isinstance(block, Drawings) else []:
+                png = figures.render(drawing.draw, figures.LIGHT, "png")
+                (folder / f"{drawing.name}.png").write_bytes(png)
+    (folder / "report.md").write_text(render_markdown(*page), encoding="utf-8")
+    path = folder / "report.html"
+    path.write_text(render_html(*page), encoding="utf-8")
+    return path

@@ -1,0 +1,71 @@
+"""Hidden states of chosen layers, and the output head applied to any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rmu.window import check_layer, decoder_layers, hidden_state
+
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+
+
+def number_of_layers(model: PreTrainedModel) -> int:
+    """How many decoder layers a model has."""
+    return model.config.get_text_config().num_hidden_layers
+
+
+@contextmanager
+def layer_outputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Within the block, each forward pass leaves the ``[B, T, D]`` outputs of ``layers`` in the dict that is given.
+
+    Raises:
+        ValueError: a layer out of range.
+    """
+    modules = decoder_layers(model, number_of_layers(model))
+    states: dict[int, Tensor] = {}
+    handles = []
+    for layer in layers:
+        check_layer(layer, len(modules))
+
+        def keep(module, args, output, layer=layer):
+            states[layer] = hidden_state(output).detach()
+
+        handles.append(modules[layer].register_forward_hook(keep))
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last decoder layer and the output head.
+
+    Raises:
+        ValueError: the architecture has none under a known name.
+    """
+    layers = decoder_layers(model, number_of_layers(model))
+    for module in model.modules():
+        if any(child is layers for child in module.children()):
+            for name in _FINAL_NORMS:
+                if isinstance(getattr(module, name, None), nn.Module):
+                    return getattr(module, name)
+    raise ValueError(
+        f"model: {type(model).__name__} has no final norm called {', '.join(_FINAL_NORMS)} beside its layers"
+    )
+
+
+def output_logits(model: PreTrainedModel, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """fp32 logits ``[N, stop - start]`` of part of the vocabulary, of normed states ``[N, D]``."""
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    logits = nn.functional.linear(
+        hidden, head.weight[start:stop], None if bias is None else bias[start:stop]
+    ).float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)

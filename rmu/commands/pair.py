@@ -1,0 +1,132 @@
+"""What ``rmu analyze`` and ``rmu probe`` share: their flags, and the end of a run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rmu.analysis.output import write_analysis
+from rmu.analysis.questions import Tasks, demo_templates, read_questions, read_templates
+from rmu.config import DTYPES
+from rmu.data import load_corpus
+from rmu.demo import TASKS, TASKS_PATH, evaluation_inputs, read_data
+
+CHANCE = 0.25  # of the demo's questions, with four choices
+
+
+def add_common(parser: argparse.ArgumentParser, models: bool = True) -> None:
+    """The models, the output folder, and how to load and read."""
+    if models:
+        parser.add_argument("--base", required=True, help="the original model: folder or hub id")
+        parser.add_argument("--unlearned", required=True, help="the unlearned model: folder or hub id")
+    else:
+        parser.add_argument("--model", required=True, help="the original model: folder or hub id")
+    parser.add_argument("--output_dir", required=True, help="folder for tables (CSV), figures (PNG), record")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype of the weights")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="of whatever is drawn at random (default 0)")
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--forget", help="corpus of forget text to measure on (default: the demo's held-out)")
+    parser.add_argument("--retain", help="corpus of retain text (default: the demo's held-out)")
+    parser.add_argument("--text_field", default="text", help="field of the corpora that holds the text")
+    parser.add_argument("--limit", type=int, help="at most so many texts a side")
+    parser.add_argument("--max_length", type=int, default=128, help="maximum tokens of a text (default 128)")
+    parser.add_argument("--batch_size", type=int, default=8, help="texts of a forward pass (default 8)")
+
+
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--forget_tasks", nargs="+", help="tasks of lm-evaluation-harness (default: the demo's)"
+    )
+    parser.add_argument("--retain_tasks", nargs="+", help="tasks whose accuracy is to stay")
+    parser.add_argument("--include_path", help="folder of further task files (YAML)")
+    parser.add_argument("--limit", type=int, help="at most this many questions a task")
+    parser.add_argument("--chance", type=float, help="accuracy of guessing (default: 0.25 for the demo's)")
+    parser.add_argument("--batch_size", type=int, default=32, help="questions' answers a forward pass")
+
+
+def add_questions(parser: argparse.ArgumentParser, templates: bool = True) -> None:
+    parser.add_argument(
+        "--questions",
+        help="JSON lines with side (forget or retain), choices, gold and the templates' fields (default: the demo's)",
+    )
+    if templates:
+        parser.add_argument(
+            "--templates", help="YAML file of 'name: Jinja text' question templates (default: the demo's)"
+        )
+    parser.add_argument("--limit", type=int, help="at most so many questions a side")
+
+
+def texts(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """The texts of each side that the flags name, the demo's where they name none."""
+    inputs = evaluation_inputs()
+    found = {}
+    for side in ("forget", "retain"):
+        source = getattr(arguments, side)
+        found[side] = corpus(source, arguments.text_field, side) if source else inputs[f"{side}_texts"]
+        found[side] = found[side][: arguments.limit]
+    return found
+
+
+def corpus(source: str, field: str, argument: str) -> list[str]:
+    """The texts of a corpus."""
+    return list(load_corpus(source, field=field, argument=argument)[:]["text"])
+
+
+def demo_texts(name: str) -> list[str]:
+    """The texts of one of the demo's corpora."""
+    return [row["text"] for row in read_data(name)]
+
+
+def tasks(arguments: argparse.Namespace) -> tuple[Tasks, float | None]:
+    """The tasks that the flags name, and the chance level of their questions.
+
+    Raises:
+        ValueError: tasks of one side only.
+    """
+    if bool(arguments.forget_tasks) != bool(arguments.retain_tasks):
+        raise ValueError("forget_tasks, retain_tasks: got one of them, expected both or neither")
+    demo = not arguments.forget_tasks
+    found = Tasks(
+        tuple(arguments.forget_tasks or TASKS),
+        tuple(arguments.retain_tasks or TASKS),
+        TASKS_PATH if demo else arguments.include_path,
+        arguments.limit,
+        arguments.batch_size,
+    )
+    return found, CHANCE if demo and arguments.chance is None else arguments.chance
+
+
+def questions(
+    arguments: argparse.Namespace, defaults: Mapping[str, str] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, str], float]:
+    """The questions and templates that the flags name, and the questions' chance level."""
+    rows = read_questions(arguments.questions)
+    if arguments.templates:
+        templates = read_templates(arguments.templates)
+    elif arguments.questions:
+        raise ValueError("templates: not given, expected the wordings of the questions in --questions")
+    else:
+        templates = dict(defaults or demo_templates())
+    return rows, templates, sum(1 / len(row["choices"]) for row in rows) / len(rows)
+
+
+def finish(
+    analysis: str,
+    tables: Mapping[str, Any],
+    shown: Any,
+    arguments: argparse.Namespace,
+    started: float,
+    chance: float | None = None,
+) -> None:
+    """Print a table and write everything."""
+    print(f"\n{shown.to_string(index=False, float_format=lambda value: f'{value:.3f}')}\n")
+    settings = {name: value for name, value in vars(arguments).items() if name != "run"}
+    paths = write_analysis(
+        analysis, tables, arguments.output_dir, settings=settings, started=started, chance=chance
+    )
+    print("wrote", *(str(Path(path)) for path in paths))

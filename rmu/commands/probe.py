@@ -1,0 +1,259 @@
+"""``rmu probe``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rmu.analysis.figures import CONDITIONS, summary
+from rmu.analysis.output import check_not_written, compare
+from rmu.analysis.questions import ask, first
+from rmu.commands import pair
+from rmu.commands.parser import Parser
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(
+        "rmu probe",
+        description="Try to get back what a model has unlearned, beside the base model as control.",
+    )
+    commands = parser.add_subparsers(dest="analysis", required=True, metavar="PROBE")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, description=text)
+        pair.add_common(one)
+        one.set_defaults(run=run)
+        return one
+
+    one = add("gcg", _gcg, "white-box adversarial suffixes (package nanogcg)")
+    pair.add_questions(one)
+    one.set_defaults(limit=4)
+    one.add_argument("--steps", type=int, default=20, help="budget of an attack (default 20)")
+    one.add_argument("--search_width", type=int, default=32, help="suffixes tried in a step (default 32)")
+    one.add_argument("--topk", type=int, default=64, help="tokens considered at each place (default 64)")
+
+    one = add("relearn", _relearn, "fine-tuning on k forget, k unrelated and k retain texts")
+    pair.add_tasks(one)
+    one.add_argument("--counts", type=int, nargs="+", default=[0, 10, 40], help="values of k")
+    one.add_argument("--forget", help="corpus of forget text (default: the demo's training text)")
+    one.add_argument("--unrelated", help="corpus of unrelated text (default: the demo's prose)")
+    one.add_argument("--retain", help="corpus of retain text (default: the demo's training text)")
+    one.add_argument("--text_field", default="text", help="field of the corpora that holds the text")
+    one.add_argument("--epochs", type=int, default=4, help="passes over the k texts (default 4)")
+    one.add_argument("--learning_rate", type=float, default=2e-5, help="of AdamW (default 2e-5)")
+
+    one = add("ablate", _ablate, "remove the direction that unlearning added from the hidden state")
+    pair.add_tasks(one)
+    one.add_argument("--layer", type=int, help="after which layer (default: the run's hooked layer)")
+    one.add_argument(
+        "--direction",
+        choices=("difference", "stored"),
+        default="difference",
+        help="mean difference of the models' hidden states on forget text, or the steering directions kept by the run",
+    )
+    one.add_argument("--forget", help="corpus of forget text (default: the demo's training text)")
+    one.add_argument("--text_field", default="text", help="field of the corpus that holds the text")
+    one.add_argument("--samples", type=int, default=200, help="texts of it for the difference (default 200)")
+
+    one = add("quantize", _quantize, "round the weights to 8 and 4 bits (package bitsandbytes)")
+    pair.add_tasks(one)
+    one.add_argument("--bits", type=int, nargs="+", default=[16, 8, 4], help="of 16 8 4 (default all)")
+
+    one = add("mixed", _mixed, "a forget word inside retain questions")
+    pair.add_questions(one)
+    one.add_argument("--batch_size", type=int, default=32, help="questions' answers a forward pass")
+
+    one = add("lens", _lens, "read the answer from inner layers: logit lens and linear probe")
+    pair.add_questions(one)
+    one.add_argument("--layers", type=int, nargs="+", help="layers to read (default: all)")
+    one.add_argument("--batch_size", type=int, default=32, help="questions' answers a forward pass")
+
+    one = add("rephrase", _rephrase, "the questions in wordings never used before")
+    pair.add_questions(one)
+    one.add_argument("--batch_size", type=int, default=32, help="questions' answers a forward pass")
+
+    arguments = parser.parse_args(argv)
+    check_not_written(arguments.analysis, arguments.output_dir)
+    arguments.run(arguments)
+
+
+def _compare(arguments: argparse.Namespace, measure: Callable[..., Any]) -> Any:
+    return compare(
+        arguments.base,
+        arguments.unlearned,
+        measure,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def _finish(
+    analysis: str,
+    table: Any,
+    arguments: argparse.Namespace,
+    started: float,
+    chance: float | None,
+    by: list[str],
+) -> None:
+    pair.finish(analysis, {analysis: table}, summary(table, by), arguments, started, chance)
+
+
+def _gcg(arguments: argparse.Namespace) -> None:
+    from rmu.analysis.gcg import gcg
+
+    started = time.perf_counter()
+    rows, templates, _ = pair.questions(arguments)
+    asked = ask(first(rows, "forget", arguments.limit), next(iter(templates.values())))
+    table = _compare(
+        arguments,
+        lambda model, tokenizer: gcg(
+            model,
+            tokenizer,
+            asked,
+            steps=arguments.steps,
+            search_width=arguments.search_width,
+            topk=arguments.topk,
+            seed=arguments.seed,
+        ),
+    )
+    shown = table.groupby(["model", "step"], sort=False)[["loss", "success"]].mean().reset_index()
+    pair.finish("gcg", {"gcg": table}, shown, arguments, started)
+
+
+def _relearn(arguments: argparse.Namespace) -> None:
+    from rmu.analysis.relearn import relearn
+
+    started = time.perf_counter()
+    tasks, chance = pair.tasks(arguments)
+    defaults = {"forget": "forget", "unrelated": "retain_prose", "retain": "retain_glosses"}
+    corpora = {
+        name: pair.corpus(source, arguments.text_field, name)
+        if (source := getattr(arguments, name))
+        else pair.demo_texts(default)
+        for name, default in defaults.items()
+    }
+    table = _compare(
+        arguments,
+        lambda model, tokenizer: relearn(
+            model,
+            tokenizer,
+            corpora,
+            arguments.counts,
+            tasks,
+            epochs=arguments.epochs,
+            learning_rate=arguments.learning_rate,
+            seed=arguments.seed,
+        ),
+    )
+    _finish("relearn", table, arguments, started, chance, ["model", "data", "k", "side"])
+
+
+def _ablate(arguments: argparse.Namespace) -> None:
+    from rmu.analysis.ablate import ablate, mean_state
+    from rmu.calibrate import sample_texts
+    from rmu.directions import FILE_NAME, read_directions
+    from rmu.evaluation import load_model
+
+    started = time.perf_counter()
+    tasks, chance = pair.tasks(arguments)
+    folder = Path(arguments.unlearned)
+    record_path = folder / "rmu_run.json"
+    record = json.loads(record_path.read_text()) if record_path.is_file() else None
+    layer = arguments.layer
+    if layer is None:
+        if record is None:
+            raise ValueError(f"layer: not given, and {folder} has no rmu_run.json to take it from")
+        layer = record["settings"]["layer"]
+    loaded = {}
+    for name in ("base", "unlearned"):
+        loaded[name], tokenizer = load_model(
+            getattr(arguments, name), arguments.dtype, arguments.trust_remote_code
+        )
+    if arguments.direction == "stored":
+        if record is None:
+            raise ValueError(f"direction: {folder} has no rmu_run.json, so it keeps no steering directions")
+        size = loaded["base"].config.get_text_config().hidden_size
+        directions = read_directions(folder / FILE_NAME, record["topics"], size)
+    else:
+        source = arguments.forget
+        texts = pair.corpus(source, arguments.text_field, "forget") if source else pair.demo_texts("forget")
+        texts = sample_texts(texts, arguments.samples)
+        states = {name: mean_state(model, tokenizer, texts, layer) for name, model in loaded.items()}
+        directions = states["unlearned"] - states["base"]
+    table = ablate(loaded, tokenizer, directions, layer, tasks)
+    _finish("ablate", table, arguments, started, chance, ["model", CONDITIONS["ablate"], "side"])
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from rmu.analysis.quantize import quantize
+
+    started = time.perf_counter()
+    tasks, chance = pair.tasks(arguments)
+    parts = {
+        name: quantize(
+            getattr(arguments, name),
+            tasks,
+            bits=arguments.bits,
+            dtype=arguments.dtype,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        for name in ("base", "unlearned")
+    }
+    table = pd.concat([part.assign(model=name) for name, part in parts.items()], ignore_index=True)
+    _finish("quantize", table, arguments, started, chance, ["model", CONDITIONS["quantize"], "side"])
+
+
+def _mixed(arguments: argparse.Namespace) -> None:
+    from rmu.analysis.mixed import mixed
+
+    started = time.perf_counter()
+    rows, templates, chance = pair.questions(arguments)
+    table = _compare(
+        arguments,
+        lambda model, tokenizer: mixed(
+            model,
+            tokenizer,
+            rows,
+            templates,
+            limit=arguments.limit,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+        ),
+    )
+    _finish("mixed", table, arguments, started, chance, ["model", CONDITIONS["mixed"], "side"])
+
+
+def _lens(arguments: argparse.Namespace) -> None:
+    from rmu.analysis.lens import lens
+
+    started = time.perf_counter()
+    rows, templates, chance = pair.questions(arguments)
+    chosen = [question for side in ("forget", "retain") for question in first(rows, side, arguments.limit)]
+    asked = ask(chosen, next(iter(templates.values())))
+    table = _compare(
+        arguments,
+        lambda model, tokenizer: lens(
+            model, tokenizer, asked, layers=arguments.layers, batch_size=arguments.batch_size
+        ),
+    )
+    _finish("lens", table, arguments, started, chance, ["model", "reader", "layer", "side"])
+
+
+def _rephrase(arguments: argparse.Namespace) -> None:
+    from rmu.analysis.rephrase import TEMPLATES, rephrase
+
+    started = time.perf_counter()
+    rows, templates, chance = pair.questions(arguments, TEMPLATES)
+    table = _compare(
+        arguments,
+        lambda model, tokenizer: rephrase(
+            model, tokenizer, rows, templates, limit=arguments.limit, batch_size=arguments.batch_size
+        ),
+    )
+    _finish("rephrase", table, arguments, started, chance, ["model", CONDITIONS["rephrase"], "side"])

@@ -1,0 +1,68 @@
+"""Ctrl-C and SIGTERM end a run at the next step, with a checkpoint to resume from."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was interrupted and has saved a checkpoint, which the message names."""
+
+
+class SaveOnSignal(TrainerCallback):
+    """Saves a checkpoint and stops training at the end of the step in which the processes have agreed to.
+
+    Attributes:
+        requested: this process has received a signal.
+        agreed: some process has, and all know of it.
+    """
+
+    def __init__(self) -> None:
+        self.requested = self.agreed = False
+
+    @contextmanager
+    def watching(self, processes: int) -> Iterator[None]:
+        """Within the block the signals set ``requested``.
+
+        In a run of one process a second signal acts as it did before. With several the launcher passes on what the terminal
+        has sent to each process already, so that a second one says nothing new.
+        """
+        self.requested = self.agreed = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def request(number: int, frame: Any) -> None:
+            self.requested = True
+            if processes == 1:
+                restore()
+
+        for number in SIGNALS:
+            signal.signal(number, request)
+        try:
+            yield
+        finally:
+            restore()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.agreed or (self.requested and args.world_size == 1):
+            self.agreed = True
+            control.should_save = control.should_training_stop = True
+        if control.should_save:
+            # So that a resumed run logs over the same steps as one that was not interrupted.
+            control.should_log = True

@@ -1,0 +1,77 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from rmu.analysis.alignment import alignment, natural_norms, window_alignment
+from rmu.calibrate import forget_batches, profile_norms
+from tests.tiny import random_texts, tiny_model, word_tokenizer
+
+SETTINGS = {"max_steps": 8, "learning_rate": 1e-2, "alpha": [0.1], "per_device_train_batch_size": 4}
+
+
+class PlantedWindow:
+    """Frozen states along one axis, trained states at a known angle to the direction; first positions far off."""
+
+    device = torch.device("cpu")
+
+    def frozen(self, ids, mask):
+        hidden = torch.zeros(*ids.shape, 4)
+        hidden[..., 1] = 2.0
+        hidden[:, 0] = 1000.0
+        return SimpleNamespace(hidden=hidden)
+
+    def __call__(self, recorded):
+        hidden = torch.zeros_like(recorded.hidden)
+        hidden[..., 0], hidden[..., 1] = 3.0, 4.0
+        hidden[:, 0] = 1000.0
+        return (hidden,)
+
+
+def test_planted_angle_and_norm_are_found_without_the_first_token():
+    batches = forget_batches(["w1 w2 w3", "w4 w5"], word_tokenizer(), 16, 2)
+    found = window_alignment(PlantedWindow(), torch.tensor([1.0, 0, 0, 0]), batches)
+    assert found["tokens"] == 5
+    expected = {"cosine": 0.6, "cosine_stderr": 0.0, "norm": 5.0, "natural_cosine": 0.0, "natural_norm": 2.0}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_larger_targets_align_better_and_the_model_keeps_its_weights():
+    model, tokenizer = tiny_model(), word_tokenizer()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    texts = {"forget": random_texts(3, 6), "retain": random_texts(4, 6)}
+    arguments = (model, tokenizer, random_texts(1), [random_texts(2)], texts)
+    table = alignment(*arguments, layers=[2], coefficients=[5.0], scales=[0.1, 8.0], settings=SETTINGS)
+    forget = table[table["side"] == "forget"].set_index(["method", "value"])
+    assert forget.loc[("adaptive", 8.0), "cosine"] > forget.loc[("adaptive", 0.1), "cosine"] + 0.2
+    assert forget.loc[("adaptive", 8.0), "norm"] > forget.loc[("adaptive", 8.0), "natural_norm"]
+    row = forget.loc[("rmu", 5.0)]
+    assert row["ratio"] == pytest.approx(5.0 / row["natural_norm"])
+    assert forget["natural_norm"].nunique() == 1
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_no_run_is_an_error():
+    with pytest.raises(ValueError, match="no run asked for"):
+        alignment(tiny_model(), word_tokenizer(), ["w1"], [["w1"]], {}, layers=[1])
+
+
+def test_norms_with_and_without_sink_rows():
+    model, tokenizer, texts = tiny_model(), word_tokenizer(), random_texts(5, 6)
+    table = natural_norms(model, tokenizer, {"forget": texts})
+    expected, _ = profile_norms(model.model, forget_batches(texts, tokenizer, 64, 8))
+    without = table[table["rows"] == "without sinks"]
+    np.testing.assert_allclose(without["median"], [row.median for row in expected], rtol=1e-5)
+    np.testing.assert_allclose(without["mean"], [row.mean for row in expected], rtol=1e-5)
+    everything = []
+    for text in texts:
+        with torch.no_grad():
+            states = model(
+                torch.tensor([tokenizer(text)["input_ids"]]), output_hidden_states=True
+            ).hidden_states
+        everything.append(states[2][0].norm(dim=-1))
+    row = table[(table["rows"] == "with sinks") & (table["layer"] == 1)].iloc[0]
+    assert row["mean"] == pytest.approx(torch.cat(everything).mean().item(), rel=1e-5)
+    assert row["tokens"] == without["tokens"].iloc[0] + len(texts)

@@ -1,0 +1,78 @@
+import json
+
+import pandas as pd
+import pytest
+
+from rmu.cli import main
+from tests.analysis.planted import questions
+from tests.tiny import random_texts, tiny_folder, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    tiny_folder(folder / "base")
+    tiny_folder(folder / "unlearned", seed=1)
+    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions()))
+    (folder / "t.yaml").write_text("a: w1 {{gloss}}\n")
+    write_jsonl(folder / "f.jsonl", random_texts(1, 6))
+    write_jsonl(folder / "r.jsonl", random_texts(2, 6))
+    return folder
+
+
+def run(pair, output, *arguments):
+    models = ["--base", str(pair / "base"), "--unlearned", str(pair / "unlearned")]
+    return main([*arguments, *models, "--output_dir", str(output)])
+
+
+def test_confidence(pair, tmp_path, capsys):
+    texts = ["--forget", str(pair / "f.jsonl"), "--retain", str(pair / "r.jsonl"), "--chunk", "7"]
+    assert run(pair, tmp_path / "out", "analyze", "confidence", *texts) == 0
+    table = pd.read_csv(tmp_path / "out" / "confidence.csv")
+    assert len(table) == 12 and set(table["model"]) == {"base", "unlearned"}
+    assert "max_probability" in capsys.readouterr().out
+    assert run(pair, tmp_path / "out", "analyze", "confidence", *texts) == 2
+    assert "confidence.csv exists" in capsys.readouterr().err
+
+
+def test_probe_with_questions_of_ones_own(pair, tmp_path):
+    asked = ["--questions", str(pair / "q.jsonl"), "--templates", str(pair / "t.yaml")]
+    assert run(pair, tmp_path / "out", "probe", "lens", *asked, "--layers", "1", "3") == 0
+    table = pd.read_csv(tmp_path / "out" / "lens.csv")
+    assert len(table) == 2 * 2 * 2 * 2
+    record = json.loads((tmp_path / "out" / "lens.json").read_text())
+    assert record["chance"] == 0.5 and record["settings"]["layers"] == [1, 3]
+
+
+def test_relearn_and_ablate_with_tasks_of_ones_own(pair, tmp_path):
+    from rmu.analysis.questions import _task_folder, ask
+
+    with _task_folder({"mine": ask(questions(), "w1 {{gloss}}")}) as folder:
+        tasks = ["--forget_tasks", "mine", "--retain_tasks", "mine", "--include_path", str(folder)]
+        ablate = [*tasks, "--layer", "1", "--forget", str(pair / "f.jsonl")]
+        assert run(pair, tmp_path, "probe", "ablate", *ablate) == 0
+        corpora = [
+            f for name in ("forget", "unrelated", "retain") for f in (f"--{name}", str(pair / "f.jsonl"))
+        ]
+        relearn = [*tasks, *corpora, "--counts", "0", "2", "--epochs", "1"]
+        assert run(pair, tmp_path, "probe", "relearn", *relearn) == 0
+    assert len(pd.read_csv(tmp_path / "ablate.csv")) == 8
+    assert len(pd.read_csv(tmp_path / "relearn.csv")) == 2 * 2 * 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["analyze"], "ANALYSIS"),
+        (["probe", "gpg"], "invalid choice: 'gpg'"),
+        (["probe", "ablate"], "layer: not given"),
+        (["probe", "ablate", "--forget_tasks", "x"], "expected both or neither"),
+        (["probe", "rephrase", "--questions", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["probe", "quantize", "--bits", "3"], "bits: got 3"),
+    ],
+)
+def test_errors_are_one_line(pair, tmp_path, capsys, arguments, message):
+    assert run(pair, tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("rmu: error: ")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,127 @@
+import json
+import re
+
+import pytest
+
+from rmu.analysis import mixed as mixed_module
+from rmu.analysis.mixed import insert_word, mixed
+from rmu.analysis.questions import (
+    Tasks,
+    ask,
+    demo_templates,
+    question_accuracy,
+    read_questions,
+    read_templates,
+)
+from rmu.analysis.rephrase import TEMPLATES, rephrase
+from rmu.demo import read_data
+from tests.analysis.planted import constant_model, questions
+from tests.tiny import word_tokenizer
+
+WORDINGS = {"a": "w1 {{gloss}}", "b": "{{kind}} w2 {{gloss}}"}
+
+
+def test_a_planted_answer_gives_the_share_of_questions_it_is_right_for():
+    rows = questions()
+    table = rephrase(constant_model("w5"), word_tokenizer(), rows, WORDINGS)
+    assert len(table) == 4 and set(table["n"]) == {6}
+    for side in ("forget", "retain"):
+        right = [row["gold"] == 0 for row in rows if row["side"] == side]
+        accuracy = sum(right) / len(right)
+        part = table[table["side"] == side]
+        assert list(part["task"]) == ["a", "b"]
+        assert list(part["accuracy"]) == pytest.approx([accuracy] * 2)
+        assert list(part["stderr"]) == pytest.approx([(accuracy * (1 - accuracy) / 5) ** 0.5] * 2)
+
+
+def test_what_is_asked_is_the_template_filled_in(monkeypatch):
+    asked = ask(questions(2), 'Which {{kind}} is "{{gloss}}"?')
+    assert [row["prompt"] for row in asked] == ['Which w7 is "w20 w40"?', 'Which w7 is "w21 w41"?']
+    with pytest.raises(ValueError, match="templates: .*no attribute 'color'|'color' is undefined"):
+        ask(questions(1), "{{color}}")
+
+
+def test_a_word_goes_into_the_middle():
+    assert insert_word("one two three four", "oak") == "one two (oak) three four"
+
+
+def test_inserted_words_are_of_their_side_and_no_choice(monkeypatch):
+    seen = {}
+
+    def keep(model, tokenizer, asked, batch_size):
+        seen.update(asked)
+        return [{"task": name, "side": "retain", "n": 1, "accuracy": 1.0, "stderr": 0.0} for name in asked]
+
+    monkeypatch.setattr(mixed_module, "question_accuracy", keep)
+    rows = questions()
+    table = mixed(None, None, rows, WORDINGS)
+    assert list(table["inserted"]) == [n for n in ("nothing", "retain word", "forget word") for _ in WORDINGS]
+    assert list(table["task"]) == ["a", "b"] * 3
+    plain = [row["prompt"] for row in ask([r for r in rows if r["side"] == "retain"], WORDINGS["a"])]
+    assert [row["prompt"] for row in seen["nothing/a"]] == plain
+    for side in ("forget", "retain"):
+        words = {row["choices"][row["gold"]] for row in rows if row["side"] == side}
+        for row, before in zip(seen[f"{side} word/b"], seen["nothing/b"], strict=True):
+            (word,) = re.findall(r"\((w\d+)\) ", row["prompt"])
+            assert word in words and word not in row["choices"]
+            assert row["prompt"].replace(f"({word}) ", "") == before["prompt"]
+
+
+def test_mixed_measures_a_planted_answer():
+    rows = questions()
+    table = mixed(constant_model("w5"), word_tokenizer(), rows, {"a": WORDINGS["a"]})
+    accuracy = sum(row["gold"] == 0 for row in rows if row["side"] == "retain") / 6
+    assert list(table["accuracy"]) == pytest.approx([accuracy] * 3)
+
+
+def test_tasks_count_the_questions_of_their_side(tmp_path):
+    from rmu.analysis.questions import _task_folder
+
+    rows = questions()
+    with _task_folder({"t": ask(rows, WORDINGS["a"])}) as folder:
+        found = Tasks(("t",), ("t",), folder).accuracy(constant_model("w5"), word_tokenizer())
+    assert [(row["side"], row["n"]) for row in found] == [("forget", 6), ("retain", 6)]
+    expected = sum(row["gold"] == 0 for row in rows if row["side"] == "forget") / 6
+    assert found[0]["accuracy"] == pytest.approx(expected)
+
+
+def test_new_wordings_occur_in_no_training_text_and_no_task():
+    phrases = [
+        words.lower()
+        for template in TEMPLATES.values()
+        for piece in re.split(r"\{\{.*?\}\}", template)
+        if len((words := piece.strip(' .:"?,').split("\n")[-1].strip()).split()) >= 3
+    ]
+    assert len(phrases) >= len(TEMPLATES)
+    tasks = " ".join(demo_templates().values()).lower()
+    texts = [row["text"] for name in ("forget", "retain_glosses", "retain_prose") for row in read_data(name)]
+    everything = "\n".join(texts).lower()
+    for phrase in phrases:
+        assert phrase not in everything and phrase not in tasks, phrase
+
+
+def test_files_of_questions_and_templates(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in questions(3)))
+    assert read_questions(path) == questions(3)
+    path.write_text('{"side": "forget", "choices": ["a", "b"], "gold": 2}')
+    with pytest.raises(ValueError, match="questions: line 1 of .*gold, an index"):
+        read_questions(path)
+    path.write_text("no: [json")
+    with pytest.raises(ValueError, match="questions: .* JSON lines"):
+        read_questions(path)
+    with pytest.raises(ValueError, match="templates: .*"):
+        read_templates(path)
+    path.write_text("short: 'What is {{gloss}}?'")
+    assert read_templates(path) == {"short": "What is {{gloss}}?"}
+    assert set(demo_templates()) == {"question", "dictionary", "completion"}
+
+
+def test_wordings_are_measured_apart():
+    rows = questions(4)
+    found = question_accuracy(
+        constant_model("w5"), word_tokenizer(), {"x": ask(rows, "w1"), "y": ask(rows[:2], "w2")}
+    )
+    assert [(row["task"], row["side"], row["n"]) for row in found] == [
+        ("x", "forget", 2), ("x", "retain", 2), ("y", "forget", 1), ("y", "retain", 1)
+    ]  # fmt: skip

@@ -1,0 +1,55 @@
+import copy
+
+import pytest
+import torch
+
+from rmu.analysis.relearn import fine_tune, relearn
+from tests.tiny import random_texts, tiny_model, word_tokenizer
+
+
+class KnowsThirdWord:
+    """A stand-in for tasks: whether the model goes on with w9 after ``w1 w2``."""
+
+    def accuracy(self, model, tokenizer):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokenizer("w1 w2")["input_ids"]])).logits[0, -1]
+        right = float(logits.argmax() == tokenizer.convert_tokens_to_ids("w9"))
+        return [{"side": "forget", "task": "t", "n": 1, "accuracy": right, "stderr": 0.0}]
+
+
+def test_a_planted_answer_comes_back_from_its_own_text_only():
+    model, tokenizer = tiny_model(), word_tokenizer()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    corpora = {"forget": ["w1 w2 w9"] * 8, "unrelated": ["w30 w31 w32"] * 8}
+    table = relearn(
+        model, tokenizer, corpora, [0, 8], KnowsThirdWord(), epochs=10, learning_rate=1e-2
+    ).set_index(["data", "k"])
+    assert table.loc[("forget", 0), "accuracy"] == table.loc[("unrelated", 0), "accuracy"] == 0
+    assert table.loc[("forget", 8), "accuracy"] == 1
+    assert table.loc[("unrelated", 8), "accuracy"] == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_step_is_adamw_on_the_next_token_loss_without_pads():
+    model, tokenizer = tiny_model(), word_tokenizer()
+    expected = copy.deepcopy(model)
+    texts = ["w1 w2 w3 w4", "w5 w6"]
+    loss = fine_tune(model, tokenizer, texts, epochs=1, batch_size=2, learning_rate=1e-3, max_length=16)
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-3, weight_decay=0.0)
+    terms = []
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        logits = expected(ids).logits[0, :-1]
+        terms.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    dense = torch.cat(terms).mean()
+    dense.backward()
+    optimizer.step()
+    assert loss == pytest.approx(dense.item(), rel=1e-5)
+    for (name, tensor), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(tensor, other, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_more_texts_than_there_are():
+    with pytest.raises(ValueError, match="counts: got 9, but the corpus of forget text has 3"):
+        relearn(tiny_model(), word_tokenizer(), {"forget": random_texts(0, 3)}, [9], KnowsThirdWord())

@@ -1,0 +1,274 @@
+import json
+import math
+import time
+
+import pandas as pd
+import pytest
+
+from rmu.analysis.figures import FIGURES, changes, score, summary
+from rmu.analysis.findings import FINDINGS
+from rmu.analysis.output import TABLES, check_not_written, read_analysis, write_analysis
+from rmu.analysis.report import TITLES, findings_of, gather, write_gathered_report
+from rmu.cli import main
+
+N = 101
+
+
+def accuracies(condition, rows, **extra):
+    """Rows (model, condition, side, accuracy) of two tasks that score alike, with their binomial errors."""
+    return pd.DataFrame(
+        [
+            {"model": model, condition: value, "side": side, "task": task, "n": N, "accuracy": accuracy}
+            | {"stderr": math.sqrt(accuracy * (1 - accuracy) / (N - 1))}
+            | extra
+            for model, value, side, accuracy in rows
+            for task in ("a", "b")
+        ]
+    )
+
+
+def ablated(after):
+    rows = [
+        ("base", "kept", 0.8),
+        ("base", "removed", 0.79),
+        ("unlearned", "kept", 0.3),
+        ("unlearned", "removed", after),
+    ]
+    return accuracies("directions", [(m, v, side, a) for m, v, a in rows for side in ("forget", "retain")])
+
+
+def confidences(fall):
+    """Quantiles of a model whose largest logit and probability on forget text fall by ``fall``, and a flat histogram."""
+    rows, bins = [], []
+    for model in ("base", "unlearned"):
+        for side in ("forget", "retain"):
+            down = fall if (model, side) == ("unlearned", "forget") else 0
+            for quantity in ("max_logit", "max_probability", "entropy"):
+                rows.append({"model": model, "side": side, "quantity": quantity, "mean": 1 - down})
+                bins += [
+                    {
+                        "model": model,
+                        "side": side,
+                        "quantity": quantity,
+                        "left": i,
+                        "right": i + 1,
+                        "share": 0.5,
+                    }
+                    for i in range(2)
+                ]
+    return {"confidence": pd.DataFrame(rows), "confidence_histogram": pd.DataFrame(bins)}
+
+
+def relearned(after):
+    rows = []
+    for data in ("forget", "unrelated"):
+        rows.append(accuracies("k", [("base", 0, "forget", 0.8), ("base", 10, "forget", 0.8)], data=data))
+        rows.append(
+            accuracies("k", [("unlearned", 0, "forget", 0.3), ("unlearned", 10, "forget", after)], data=data)
+        )
+    return pd.concat(rows)
+
+
+def readers():
+    rows = [(m, layer, "forget", a) for m, a in (("base", 0.8), ("unlearned", 0.3)) for layer in (0, 3)]
+    return pd.concat([accuracies("layer", rows, reader=reader) for reader in ("logit lens", "linear probe")])
+
+
+def attacks(forced):
+    return pd.DataFrame(
+        [
+            {
+                "model": model,
+                "question": q,
+                "step": step,
+                "loss": 3.0 - step,
+                "success": step == 2 and (base or forced),
+            }
+            for model, base in (("base", True), ("unlearned", False))
+            for q in range(3)
+            for step in range(3)
+        ]
+    )
+
+
+def aligned(rising):
+    return pd.DataFrame(
+        [
+            {
+                "method": "rmu",
+                "layer": 2,
+                "value": c,
+                "ratio": c / 2,
+                "side": side,
+                "cosine": cosine,
+                "norm": c,
+            }
+            | {"natural_norm": 2.0, "natural_cosine": 0.1}
+            for c, cosine in ((1.0, 0.2), (10.0, 0.9 if rising else 0.1))
+            for side in ("forget", "retain")
+        ]
+    )
+
+
+NORMS = pd.DataFrame(
+    [
+        {"side": "forget", "layer": layer, "rows": rows, "median": 1.0 + layer, "mean": 2.0 + layer}
+        for layer in range(2)
+        for rows in ("without sinks", "with sinks")
+    ]
+)
+MIXED = [("base", w, "retain", 0.8) for w in ("nothing", "retain word", "forget word")]
+MIXED += [("unlearned", "nothing", "retain", 0.8), ("unlearned", "retain word", "retain", 0.8)]
+WORDINGS = [("base", "x", "forget", 0.8), ("base", "y", "forget", 0.8), ("unlearned", "x", "forget", 0.3)]
+BITS = [("base", 16, "forget", 0.8), ("base", 4, "forget", 0.7), ("unlearned", 16, "forget", 0.3)]
+
+# Of each analysis: tables of a good result and of a bad one, and the verdicts on them.
+CASES = {
+    "confidence": (confidences(0.3), ["met"], confidences(0), ["missed"]),
+    "alignment": (
+        {"alignment": aligned(True), "natural_norms": NORMS},
+        ["met"],
+        {"alignment": aligned(False), "natural_norms": NORMS},
+        ["missed"],
+    ),
+    "gcg": ({"gcg": attacks(False)}, ["met"], {"gcg": attacks(True)}, ["missed"]),
+    "relearn": ({"relearn": relearned(0.32)}, ["met"] * 2, {"relearn": relearned(0.7)}, ["missed"] * 2),
+    "ablate": ({"ablate": ablated(0.33)}, ["met"], {"ablate": ablated(0.7)}, ["missed"]),
+    "quantize": (
+        {"quantize": accuracies("bits", [*BITS, ("unlearned", 4, "forget", 0.3)])},
+        ["met"],
+        {"quantize": accuracies("bits", [*BITS, ("unlearned", 4, "forget", 0.7)])},
+        ["missed"],
+    ),
+    "mixed": (
+        {"mixed": accuracies("inserted", [*MIXED, ("unlearned", "forget word", "retain", 0.78)])},
+        ["met"],
+        {"mixed": accuracies("inserted", [*MIXED, ("unlearned", "forget word", "retain", 0.3)])},
+        ["missed"],
+    ),
+    "lens": ({"lens": readers()}, ["met"] * 2, {"lens": readers().assign(accuracy=0.5)}, ["missed"] * 2),
+}
+
+
+def wordings(second):
+    rows = [*WORDINGS, ("unlearned", "y", "forget", second)]
+    return {
+        "rephrase": accuracies("wording", rows)
+        .query("task == 'a'")
+        .drop(columns="task")
+        .rename(columns={"wording": "task"})
+    }
+
+
+CASES["rephrase"] = (wordings(0.3), ["met"], wordings(0.8), ["partly"])
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+def test_verdicts(name):
+    good, expected_good, bad, expected_bad = CASES[name]
+    assert [finding.status for finding in FINDINGS[name](good)] == expected_good
+    assert [finding.status for finding in FINDINGS[name](bad)] == expected_bad
+
+
+def test_the_share_that_came_back():
+    (finding,) = FINDINGS["ablate"]({"ablate": ablated(0.5)})
+    assert finding.status == "partly" and "40% of what unlearning had taken came back" in finding.text
+    (finding,) = FINDINGS["ablate"]({"ablate": ablated(0.7)})
+    assert "80% of what unlearning had taken" in finding.text and "under the same attack 79.0" in finding.text
+    nothing_lost = ablated(0.7).assign(accuracy=0.5)
+    assert FINDINGS["ablate"]({"ablate": nothing_lost})[0].status == "unjudged"
+
+
+def test_a_mean_over_seeds_and_the_larger_error():
+    tables = [ablated(after).assign(seed=seed) for seed, after in enumerate((0.2, 0.5, 0.8))]
+    found = summary(pd.concat(tables), ["model", "side", "directions"])
+    attacked = score(found, model="unlearned", side="forget", directions="removed")
+    assert attacked.accuracy == pytest.approx(0.5)
+    assert attacked.stderr == pytest.approx(0.3 / math.sqrt(3))
+    kept = score(found, model="unlearned", side="forget", directions="kept")
+    assert kept.stderr == pytest.approx(math.sqrt(0.3 * 0.7 / 100))
+
+
+def test_changes_set_the_base_against_the_unlearned_model():
+    (first, *_) = changes(ablated(0.5), "directions")
+    assert (first.side, first.name) == ("forget", "kept")
+    assert (first.before.accuracy, first.after.accuracy) == pytest.approx((0.8, 0.3))
+
+
+def drawn_only(draw, theme, image_format):
+    """In place of ``rmu.figures.render``: saving the figures would take most of the time."""
+    draw(theme)
+    return b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    settings = {"base": "the/base", "unlearned": "the/unlearned"}
+    patch = pytest.MonkeyPatch()
+    patch.setattr("rmu.figures.render", drawn_only)
+    for name in TABLES:
+        write_analysis(
+            name, CASES[name][0], folder, settings=settings, started=time.perf_counter(), chance=0.25
+        )
+    patch.undo()
+    return folder
+
+
+def test_tables_come_back_as_they_were(written):
+    for name in TABLES:
+        tables, record = read_analysis(name, written)
+        assert record["chance"] == 0.25 and record["settings"]["base"] == "the/base"
+        for table, expected in CASES[name][0].items():
+            pd.testing.assert_frame_equal(
+                tables[table], expected.reset_index(drop=True), check_dtype=False, rtol=1e-4
+            )
+    assert (written / "relearn_forget.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="output_dir: .*ablate.csv exists"):
+        check_not_written("ablate", written)
+
+
+def test_the_page_holds_every_analysis(written, tmp_path, monkeypatch):
+    monkeypatch.setattr("rmu.figures.render", drawn_only)
+    run = {"train_seconds": 95.2, "steps": 500, "peak_memory_bytes": 2**30, "device": "a processor"}
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "rmu_run.json").write_text(
+        json.dumps({**run, "trained_tensors": ["w"], "settings": {"layer": 5}})
+    )
+    row = {"task": "t", "domain": "animal", "n": 100, "stderr": 0.04}
+    for name, accuracy in (("before", 0.8), ("after", 0.3)):
+        rows = [
+            {**row, "side": side, "accuracy": accuracy if side == "forget" else 0.8}
+            for side in ("forget", "retain")
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"accuracy": rows}))
+    found = gather([written, model], tmp_path / "before.json", tmp_path / "after.json")
+    path = write_gathered_report(found, tmp_path / "page")
+    page = path.read_text()
+    for finding in findings_of(found):
+        assert finding.goal in page
+    for title in TITLES.values():
+        assert f"<h2>{title}</h2>" in page
+    assert "Unlearning took 95 s for 500 steps and 1.00 GiB" in page
+    assert "base: the/base" in page and "http://" not in page and 'src="https' not in page
+    kinds = [finding.goal.split(":")[0] for finding in findings_of(found)]
+    assert list(dict.fromkeys(kinds)) == ["Effect", "Side effects", "Robustness", "Cost"]
+    drawn = {drawing.name for name in TABLES for drawing in FIGURES[name](CASES[name][0], 0.25)}
+    assert drawn == {png.stem for png in (tmp_path / "page").glob("*.png")}
+
+
+def test_command(tmp_path, capsys):
+    results = tmp_path / "results"
+    write_analysis(
+        "ablate", CASES["ablate"][0], results, settings={}, started=time.perf_counter(), chance=0.25
+    )
+    assert (results / "ablate.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["report", str(results), "--output_dir", str(tmp_path / "page")]) == 0
+    assert "Robustness: removing one direction brings nothing back" in capsys.readouterr().out
+    assert "data:image/svg+xml" in (tmp_path / "page" / "report.html").read_text()
+    assert main(["report", str(results), "--output_dir", str(tmp_path / "page")]) == 2
+    assert main(["report", str(tmp_path / "page"), "--output_dir", str(tmp_path / "other")]) == 2
+    error = capsys.readouterr().err
+    assert "hold no results" in error and "Traceback" not in error and error.count("\n") == 2
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from rmu.analysis.states import final_norm, layer_outputs, output_logits
+from tests.tiny import tiny_model
+
+IDS = torch.tensor([[0, 5, 9, 12], [0, 7, 7, 30]])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "gpt_neox", "phi", "opt", "falcon"])
+def test_last_layer_norm_and_head_give_the_models_logits(architecture):
+    model = tiny_model(architecture, **({"final_logit_softcapping": 2.0} if architecture == "gemma2" else {}))
+    last = model.config.num_hidden_layers - 1
+    with torch.no_grad(), layer_outputs(model, [last]) as states:
+        expected = model(IDS).logits
+        found = output_logits(model, final_norm(model)(states[last]))
+    torch.testing.assert_close(found, expected)
+    part = output_logits(model, final_norm(model)(states[last]), 10, 20)
+    torch.testing.assert_close(part, expected[..., 10:20])
+
+
+def test_layers_are_the_residual_stream_and_hooks_go():
+    model = tiny_model()
+    with torch.no_grad(), layer_outputs(model, [0, 2]) as states:
+        hidden = model(IDS, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states[0], hidden[1])
+    torch.testing.assert_close(states[2], hidden[3])
+    kept = states[0]
+    model(IDS + 1)
+    assert states[0] is kept
+    with pytest.raises(ValueError, match="layer: got 9"), layer_outputs(model, [9]):
+        pass

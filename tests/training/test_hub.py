@@ -1,0 +1,59 @@
+"""Pushing to the hub: the result, once, at the end; never the state of training, and the token in no output."""
+
+import huggingface_hub
+import pytest
+from huggingface_hub import HfApi
+
+from rmu.cli import main
+from tests.tiny import random_texts, tiny_folder, write_jsonl
+
+TOKEN = "hf_notARealTokenOfAnybody"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What would have been sent: repositories made, and uploads with the files that they would hold."""
+    sent = {"created": [], "uploads": []}
+
+    def create_repo(self, repo_id, **arguments):
+        sent["created"].append((repo_id, arguments.get("token")))
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns, token, **arguments):
+        from pathlib import Path
+
+        from huggingface_hub.utils import filter_repo_objects
+
+        files = [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file()]
+        kept = set(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+        sent["uploads"].append((repo_id, kept, token))
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    # transformers before 5.17 calls the function, which is a method bound when the library was imported.
+    monkeypatch.setattr(
+        "transformers.trainer.create_repo", lambda *a, **k: create_repo(None, *a, **k), raising=False
+    )
+    return sent
+
+
+def test_the_result_is_pushed_once(tmp_path, hub, capsys):
+    base = tiny_folder(tmp_path / "base")
+    forget = write_jsonl(tmp_path / "forget.jsonl", random_texts(1))
+    retain = write_jsonl(tmp_path / "retain.jsonl", random_texts(2))
+    argv = ["unlearn", "--model", str(base), "--forget", str(forget), "--retain", str(retain)]
+    argv += ["--output_dir", str(tmp_path / "out"), "--layer", "2", "--max_steps", "4", "--use_cpu", "true"]
+    argv += ["--save_strategy", "steps", "--save_steps", "2", "--report_to", "tensorboard"]
+    argv += ["--push_to_hub", "--hub_model_id", "somebody/unlearned", "--hub_token", TOKEN]
+    assert main(argv) == 0
+    assert hub["created"] == [("somebody/unlearned", TOKEN)]
+    ((repository, files, token),) = hub["uploads"]
+    assert (repository, token) == ("somebody/unlearned", TOKEN)
+    weights = {p.name for p in base.iterdir() if p.suffix == ".safetensors"}
+    assert weights | {"config.json", "README.md", "rmu_run.json", "rmu_directions.safetensors"} <= files
+    assert (tmp_path / "out" / "checkpoint-4").is_dir() and list((tmp_path / "out").rglob("events.out*"))
+    assert not any("/" in name or "trained" in name or "optimizer" in name for name in files)
+    printed = capsys.readouterr()
+    assert TOKEN not in printed.out + printed.err
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path

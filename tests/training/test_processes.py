@@ -1,0 +1,213 @@
+"""A step spread over micro-batches and processes is the step of one large batch, with uneven numbers of counted tokens."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import distributed
+
+from rmu import RMUConfig, RMUTrainer
+from rmu.interrupt import Interrupted
+from tests.tiny import random_texts, tiny_folder, write_jsonl
+from tests.training.test_callbacks import task_folder
+from tests.training.test_resume import at_step
+
+FORGET = [random_texts(1, words=(3, 30)), random_texts(2, words=(3, 30))]
+RETAIN = [random_texts(3, words=(3, 30)), random_texts(4, words=(2, 9))]
+SETTINGS = {
+    "token": {},
+    "batch": {"scope": "batch"},
+    "median": {"scope": "batch", "statistic": "median"},
+    "first_batch": {"scope": "first_batch", "alpha": [3.0, 50.0]},
+    "relative": {"relative": True, "max_grad_norm": 0.5},
+    "lora": {"lora_rank": 2, "learning_rate": 2e-2},
+}
+METRICS = ("loss", "forget_loss", "retain_loss_1", "forget_norm", "retain_cosine", "coefficient_mean")
+needs_gloo = pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
+
+
+def trainer_of(base: Path, out: Path, name: str, rows: int, **changes) -> RMUTrainer:
+    settings = dict(output_dir=str(out), layer=2, max_steps=6, learning_rate=1e-2, logging_steps=2, seed=5)
+    settings |= dict(disable_tqdm=True, use_cpu=True, per_device_train_batch_size=rows, alpha=[20.0])
+    return RMUTrainer(
+        base, RMUConfig(**{**settings, **SETTINGS[name], **changes}), forget=FORGET, retain=RETAIN
+    )
+
+
+def train(base: Path, out: Path, name: str, rows: int, **changes) -> RMUTrainer:
+    trainer = trainer_of(base, out, name, rows, **changes)
+    trainer.train()
+    return trainer
+
+
+def outcome(trainer: RMUTrainer) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 3
+    return [[entry[name] for name in METRICS] for entry in logged], dict(trainer.window.trained_tensors())
+
+
+def assert_same(actual, expected) -> None:
+    (history, tensors), (wanted_history, wanted) = actual, expected
+    for line, wanted_line in zip(history, wanted_history, strict=True):
+        assert line == pytest.approx(wanted_line, rel=2e-5, abs=1e-6)
+    assert tensors.keys() == wanted.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def large_batch(base, tmp_path_factory):
+    """What a run of one process with the whole step in a batch gives."""
+    out = tmp_path_factory.mktemp("large")
+    return {name: outcome(train(base, out / name, name, rows=8)) for name in SETTINGS}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_accumulation_equals_the_large_batch(base, large_batch, tmp_path, name):
+    trainer = train(base, tmp_path, name, rows=2, gradient_accumulation_steps=4)
+    assert_same(outcome(trainer), large_batch[name])
+
+
+def rank(process: int, folder: Path, base: Path) -> None:
+    os.environ.update(RANK=str(process), LOCAL_RANK=str(process), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=(folder / "port").read_text())
+    for name in SETTINGS:
+        for rows, accumulation in ((4, 1), (2, 2)):
+            trainer = train(base, folder / "out", name, rows, gradient_accumulation_steps=accumulation)
+            history, tensors = outcome(trainer)
+            stem = folder / f"{name}-{accumulation}-{process}"
+            stem.with_suffix(".json").write_text(json.dumps(history))
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, f"{stem}.safetensors")
+    trainer = trainer_of(base, folder / "stopped", "first_batch", 4)
+    if process == 1:
+        # One process alone hears of it.
+        at_step(trainer, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        trainer.train()
+    except Interrupted:
+        resumed = trainer_of(base, folder / "stopped", "first_batch", 4)
+        resumed.train(resume_from_checkpoint=True)
+        tensors = dict(resumed.window.trained_tensors())
+        save_file(tensors, folder / f"resumed-{process}.safetensors")
+    distributed.destroy_process_group()
+    # A rank that ran autograd with gloo can abort while the interpreter shuts down: everything is written, leave at once.
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "port").write_text(str(free_port()))
+    torch.multiprocessing.spawn(rank, args=(folder, base), nprocs=2)
+    return folder
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+@needs_gloo
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_ranks_equal_the_large_batch(two_ranks, large_batch, name, accumulation):
+    results = []
+    for process in (0, 1):
+        stem = two_ranks / f"{name}-{accumulation}-{process}"
+        results.append((json.loads(Path(f"{stem}.json").read_text()), load_file(f"{stem}.safetensors")))
+    assert_same(results[0], large_batch[name])
+    for key, tensor in results[0][1].items():
+        assert torch.equal(tensor, results[1][1][key])
+
+
+@needs_gloo
+def test_a_signal_to_one_of_two_ranks_saves_and_stops_both(two_ranks):
+    names = {path.name for path in (two_ranks / "stopped" / "checkpoint-4").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "rmu_trained.safetensors", "rmu_files.json"} <= names
+    expected = load_file(two_ranks / "first_batch-1-0.safetensors")
+    for process in (0, 1):
+        resumed = load_file(two_ranks / f"resumed-{process}.safetensors")
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
+
+
+def test_other_wrappers_are_refused(base, tmp_path, monkeypatch):
+    args = RMUConfig(output_dir=str(tmp_path), layer=2, max_steps=1, use_cpu=True)
+    for name in ("fsdp", "deepspeed"):
+        monkeypatch.setattr(args, name, "given", raising=True)
+        with pytest.raises(ValueError, match=f"{name}: not supported"):
+            RMUTrainer(base, args, forget=FORGET, retain=RETAIN)
+        monkeypatch.undo()
+    # As accelerate launch sets it.
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="fsdp: not supported"):
+        RMUTrainer(base, args, forget=FORGET, retain=RETAIN)
+
+
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2"],
+    "accelerate": ["-m", "accelerate.commands.launch", "--config_file", "examples/two_processes.yaml"],
+}
+
+
+@needs_gloo
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_saves_the_folder_that_one_process_saves(base, tmp_path, launcher):
+    for name, texts in (("forget", FORGET[0]), ("retain", RETAIN[0])):
+        write_jsonl(tmp_path / f"{name}.jsonl", texts)
+
+    evaluation = ["--evaluate_every", "2", "--include_path", str(task_folder(tmp_path / "tasks"))]
+    evaluation += ["--forget_tasks", "tiny_words", "--retain_tasks", "tiny_words"]
+
+    def run(out: str, rows: int, *command: str) -> None:
+        argv = [sys.executable, *command, "-m", "rmu", "unlearn", "--model", str(base), "--layer", "2"]
+        argv += ["--forget", str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl")]
+        argv += ["--output_dir", str(tmp_path / out), "--max_steps", "4", "--use_cpu", "true"]
+        argv += ["--per_device_train_batch_size", str(rows), "--learning_rate", "1e-2"]
+        argv += evaluation if launcher == "torchrun" else []
+        done = subprocess.run(
+            argv, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("trained tensors: 3") == done.stdout.count("saved: ") == 1
+
+    run("one", 6)
+    run(
+        "two",
+        3,
+        *LAUNCHERS[launcher],
+        "--main_process_port" if launcher == "accelerate" else "--master_port",
+        str(free_port()),
+    )
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "forget.jsonl",
+        "one",
+        "retain.jsonl",
+        "tasks",
+        "two",
+    ]
+    records = [json.loads((folder / "rmu_run.json").read_text())["evaluations"] for folder in (one, two)]
+    assert len(records[0]) == len(records[1]) == (3 if launcher == "torchrun" else 0)
+    for entry, other in zip(*records, strict=True):
+        for side in ("forget", "retain"):
+            assert entry[f"eval_{side}_accuracy"] == other[f"eval_{side}_accuracy"]
+    for path in one.glob("*.safetensors"):
+        tensors, others = load_file(path), load_file(two / path.name)
+        assert tensors.keys() == others.keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(others[name], tensor, rtol=1e-4, atol=2e-5)

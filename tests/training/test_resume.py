@@ -1,0 +1,309 @@
+"""A run that is killed, interrupted or out of disk loses nothing that it had saved, and goes on bit for bit."""
+
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from rmu import RMUConfig, RMUTrainer
+from rmu.cli import main
+from rmu.interrupt import Interrupted
+from rmu.resume import MANIFEST_FILE, STAGING, check_complete, last_checkpoint, rotate
+from tests.tiny import random_texts, tiny_folder, write_jsonl
+
+TEXTS = random_texts(1)
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("place")
+    tiny_folder(place / "base")
+    write_jsonl(place / "f.jsonl", TEXTS)
+    write_jsonl(place / "r.jsonl", random_texts(2))
+    return place
+
+
+def command(place: Path, out: str, **changes) -> list[str]:
+    settings = dict(
+        max_steps=STEPS, save_strategy="steps", save_steps=4, save_total_limit=2, scope="first_batch"
+    )
+    settings |= dict(
+        layer=2, use_cpu="true", disable_tqdm="true", learning_rate=1e-2, lr_scheduler_type="cosine"
+    )
+    settings |= dict(model=place / "base", retain=place / "r.jsonl", output_dir=place / out) | changes
+    argv = ["unlearn", "--forget", str(place / "f.jsonl"), str(place / "r.jsonl")]
+    return argv + [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def whole_run(place):
+    assert main(command(place, "whole")) == 0
+    return weights(place / "whole")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def loads(folder: Path) -> bool:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def assert_same_weights(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    result = weights(folder)
+    assert result.keys() == expected.keys(), folder
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in result.items()), folder
+
+
+def assert_nothing_half_written(place: Path, out: Path, expected: dict[str, torch.Tensor]) -> None:
+    """After a kill: a folder that loads is the whole result, and one that is named as a checkpoint is a whole one."""
+    for folder in {path.parent for path in place.rglob("*.safetensors") if out.name in str(path)}:
+        if loads(folder):
+            assert_same_weights(folder, expected)
+    for folder in out.glob("checkpoint-*"):
+        check_complete(folder)
+
+
+# A process a run, forked from one that has the libraries already.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["rmu.unlearn", "rmu.settings", "datasets", "torch._dynamo", "transformers.models.llama.modeling_llama"]
+)
+
+
+def run_command(argv: list[str], log: Path) -> None:
+    with open(log, "a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        sys.exit(main(argv))
+
+
+def kill_at(moment: str, process: multiprocessing.Process, out: Path, source: random.Random) -> None:
+    """Kill the process at a random time after its first step, or as soon as it has begun to write a file of some kind."""
+    patterns = {"checkpoint": f"{STAGING}/checkpoint-*/*", "result": f".{out.name}.*.partial"}
+    before = set(out.glob(patterns.get(moment, "checkpoint-*")))
+    deadline = time.monotonic() + 120
+    while process.is_alive() and time.monotonic() < deadline:
+        if moment == "any" and set(out.glob("checkpoint-*")) - before:
+            time.sleep(source.uniform(0, 0.4))
+            break
+        if moment in patterns and set(out.glob(patterns[moment])) - before:
+            time.sleep(source.uniform(0, 0.003))
+            break
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+
+
+def kill_and_resume(place: Path, expected: dict[str, torch.Tensor], moments: list[str], seed: int) -> None:
+    source = random.Random(seed)
+    out = place / f"killed-{seed}"
+    argv = [*command(place, out.name), "--resume_from_checkpoint", "true"]
+    for moment in moments:
+        process = SERVER.Process(target=run_command, args=(argv, place / f"log-{seed}"))
+        process.start()
+        kill_at(moment, process, out, source)
+        left = sorted(
+            p.relative_to(place).as_posix() for p in place.rglob("*") if out.name in str(p) and p.is_dir()
+        )
+        print(f"killed ({moment}) with exit code {process.exitcode}, left: {' '.join(left)}")
+        assert_nothing_half_written(place, out, expected)
+        if loads(out):
+            shutil.rmtree(out)
+    assert main(argv) == 0
+    assert_same_weights(out, expected)
+    assert not list(out.glob(".*"))
+
+
+def test_a_killed_run_ends_in_the_same_weights(place, whole_run):
+    kill_and_resume(place, whole_run, ["checkpoint", "result"], seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "RMU_KILLS" not in os.environ, reason="minutes long: set RMU_KILLS to the number of kills"
+)
+def test_many_kills(place, whole_run):
+    source = random.Random(0)
+    for seed in range(100, 100 + int(os.environ["RMU_KILLS"]) // 5):
+        moments = source.choices(["any", "checkpoint", "result"], [2, 2, 1], k=5)
+        kill_and_resume(place, whole_run, moments, seed)
+
+
+def config(folder, **changes) -> RMUConfig:
+    settings = dict(output_dir=str(folder), layer=2, max_steps=6, learning_rate=1e-3, logging_steps=50)
+    settings |= dict(disable_tqdm=True, use_cpu=True, save_strategy="steps", save_steps=2)
+    return RMUConfig(**{**settings, **changes})
+
+
+def trainer_of(place, folder, **changes) -> RMUTrainer:
+    return RMUTrainer(place / "base", config(folder, **changes), forget=[TEXTS], retain=[TEXTS])
+
+
+def at_step(trainer: RMUTrainer, step: int, action) -> None:
+    """Let ``action`` happen when ``step`` steps are done."""
+    inner = trainer.training_step
+
+    def training_step(*args, **kwargs):
+        if trainer.state.global_step == step:
+            action()
+        return inner(*args, **kwargs)
+
+    trainer.training_step = training_step
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_signal_saves_and_stops(place, tmp_path, number, step):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    whole = trainer_of(place, tmp_path / "whole", save_strategy="no")
+    whole.train()
+    trainer = trainer_of(place, tmp_path / "out", save_strategy="no")
+    at_step(trainer, step, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(
+        Interrupted, match=f"interrupted after step {step + 1} of 6, saved .*checkpoint-{step + 1}"
+    ):
+        trainer.train()
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    resumed = trainer_of(place, tmp_path / "out", save_strategy="no")
+    resumed.train(resume_from_checkpoint=True)
+    for a, b in zip(whole.window.trained, resumed.window.trained, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(place, monkeypatch, capsys):
+    def training_step(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return inner(self, *args, **kwargs)
+
+    inner = RMUTrainer.training_step
+    monkeypatch.setattr(RMUTrainer, "training_step", training_step)
+    assert main(command(place, "stopped", save_strategy="no")) == 130
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"rmu: interrupted after step 1 of {STEPS}, saved ")
+    assert error.endswith("--resume_from_checkpoint true")
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "no list", "list cut"])
+def test_a_damaged_checkpoint_is_passed_over(place, tmp_path, damage):
+    out = tmp_path / "out"
+    whole = trainer_of(place, out)
+    whole.train()
+    newest = out / "checkpoint-6"
+    if damage == "cut":
+        content = (newest / "optimizer.pt").read_bytes()
+        (newest / "optimizer.pt").write_bytes(content[:-1])
+    elif damage == "missing":
+        (newest / "rng_state.pth").unlink()
+    elif damage == "no list":
+        (newest / MANIFEST_FILE).unlink()
+    else:
+        (newest / MANIFEST_FILE).write_text((newest / MANIFEST_FILE).read_text()[:30])
+    with pytest.raises(ValueError, match="resume_from_checkpoint: "):
+        trainer_of(place, out).train(resume_from_checkpoint=str(newest))
+    resumed = trainer_of(place, out)
+    with pytest.warns(UserWarning, match="checkpoint-6"):
+        resumed.train(resume_from_checkpoint=True)
+    for a, b in zip(whole.window.trained, resumed.window.trained, strict=True):
+        assert torch.equal(a, b)
+    check_complete(newest)
+
+
+def test_a_checkpoint_holds_trained_tensors_and_state_only(place, tmp_path):
+    trainer = trainer_of(place, tmp_path / "out", save_total_limit=1)
+    trainer.train()
+    (folder,) = (tmp_path / "out").iterdir()
+    assert folder.name == "checkpoint-6"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "optimizer.pt", "rmu_directions.safetensors", "rmu_files.json", "rmu_state.json", "rmu_trained.safetensors",
+        "rng_state.pth", "scheduler.pt", "trainer_state.json",
+    ]  # fmt: skip
+    assert sorted(load_file(folder / "rmu_trained.safetensors")) == sorted(trainer.window.trained_names)
+
+
+@pytest.mark.parametrize("failing", ["safetensors", "torch"])
+def test_a_full_disk_leaves_the_checkpoint_before_it(place, tmp_path, failing):
+    trainer = trainer_of(place, tmp_path / "out")
+    size = 10_000 if failing == "safetensors" else 25_000
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+
+    at_step(trainer, 3, fill)
+    try:
+        with pytest.raises(
+            OSError, match="checkpoint-4 could not be saved .* the last checkpoint is .*checkpoint-2"
+        ):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+    assert last_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-2"
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_training(place, monkeypatch, capsys):
+    usage = shutil.disk_usage(place)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    assert main(command(place, "small", save_strategy="no", max_steps=1)) == 0
+    assert main(command(place, "full", save_steps=1, save_total_limit=1000)) == 2
+    assert "for checkpoints needed at" in capsys.readouterr().err
+    assert not (place / "full").exists()
+
+
+def test_a_loss_that_is_not_finite_is_named_and_the_last_checkpoint_kept(place, tmp_path):
+    trainer = trainer_of(place, tmp_path / "out", shuffle=False)
+
+    def spoil() -> None:
+        with torch.no_grad():
+            trainer.window.trained[0][0, 0] = float("inf")
+
+    at_step(trainer, 2, spoil)
+    with pytest.raises(
+        ValueError, match=r"loss: not finite at step 3, topic 0 \(forget rows 8, 9, 10, 11; "
+    ) as error:
+        trainer.train()
+    assert "stopped at step 4, the last checkpoint is" in str(error.value)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+    tensors = load_file(tmp_path / "out" / "checkpoint-2" / "rmu_trained.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_another_setting_is_told_and_another_batch_refused(place, tmp_path):
+    trainer_of(place, tmp_path / "out", max_steps=2).train()
+    with pytest.warns(UserWarning, match="with another max_steps, learning_rate"):
+        trainer_of(place, tmp_path / "out", learning_rate=1e-4).train(resume_from_checkpoint=True)
+    halves = trainer_of(place, tmp_path / "out", per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    halves.train(resume_from_checkpoint="true")
+    with pytest.raises(ValueError, match="of steps of 4 rows, these have 6"):
+        trainer_of(place, tmp_path / "out", per_device_train_batch_size=6).train(resume_from_checkpoint=True)
+
+
+def test_without_a_checkpoint_a_resumed_run_starts_at_the_beginning(place, tmp_path, capsys):
+    trainer = trainer_of(place, tmp_path / "out", max_steps=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 1 and "from the start" in capsys.readouterr().out
+
+
+def test_rotation_goes_by_number(tmp_path):
+    for number in (5, 10, 9):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    rotate(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.glob("c*")) == ["checkpoint-10", "checkpoint-9"]
