@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rmu.checkpoint import has_only_pickles, local_folder, weight_files
+from rmu.checkpoint import local_folder
 from rmu.data import check_tokenizer, load_tokenizer
 
 ACCURACY_METRICS = ("acc", "acc_norm", "exact_match")
@@ -317,9 +317,7 @@ def load_model(
     Raises:
         ValueError: no such model, no safetensors weights, or a tokenizer that is not the model's.
     """
-    folder = local_folder(model)
-    if not (allow_pickle and has_only_pickles(folder)):
-        weight_files(folder)
+    folder = local_folder(model, allow_pickle)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     check_tokenizer(tokenizer, loaded.config.get_text_config().vocab_size)
