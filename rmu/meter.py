@@ -154,13 +154,18 @@ class StepCost:
 
     Attributes:
         peak: bytes at most, gradients included.
-        recorded: bytes that the frozen passes left.
+        recorded_forget, recorded_retain, recorded: bytes that the frozen passes left, of each side and together.
         flops: operations of one micro-batch.
     """
 
     peak: int
-    recorded: int
+    recorded_forget: int
+    recorded_retain: int
     flops: int
+
+    @property
+    def recorded(self) -> int:
+        return self.recorded_forget + self.recorded_retain
 
 
 def measure_step(
@@ -190,7 +195,7 @@ def measure_step(
             )
             torch.autograd.backward(hidden, gradients)
             del hidden, gradients
-    return StepCost(meter.peak, recorded, meter.flops - before)
+    return StepCost(meter.peak, *recorded, meter.flops - before)
 
 
 def _forward(
@@ -201,17 +206,16 @@ def _forward(
     meter: Meter,
     fused_loss: bool,
     frozen_forget: bool,
-) -> tuple[list[Tensor], list[Tensor] | None, int]:
-    """The tensors to differentiate, their gradients (of a loss: None), and the bytes that the frozen passes left."""
-    before = meter.live
+) -> tuple[list[Tensor], list[Tensor] | None, tuple[int, int]]:
+    """The tensors to differentiate, their gradients (of a loss: None), and the bytes that each side's frozen pass left."""
     masks = [
         torch.ones(rows, length, dtype=torch.long, device="meta") for length in (forget_length, retain_length)
     ]
-    frozen = [
-        window.frozen(torch.zeros_like(mask), mask, hidden=hidden)
-        for mask, hidden in zip(masks, (frozen_forget, True), strict=True)
-    ]
-    recorded = meter.live - before
+    live, frozen = [meter.live], []
+    for mask, wanted in zip(masks, (frozen_forget, True), strict=True):
+        frozen.append(window.frozen(torch.zeros_like(mask), mask, hidden=wanted))
+        live.append(meter.live)
+    recorded = live[1] - live[0], live[2] - live[1]
     forget, retain = window(*frozen)
     if fused_loss:
         hidden = [forget, retain]
