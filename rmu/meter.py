@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from rmu.recording import replaced_forward
 from rmu.window import LayerWindow
 from rmu_kernels import rmu_loss
 
@@ -119,6 +120,14 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _with_fused_attention(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _FusedAttention():
+            return forward(*args, **kwargs)
+
+    return run
+
+
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
@@ -187,7 +196,10 @@ def measure_step(
         frozen_forget: the coefficient needs the frozen model's states on forget text.
         fused_loss: the loss is the fused kernel, which keeps its gradients and nothing else; or the PyTorch twin.
     """
-    with Meter() as meter:
+    # A mode is off in the backward pass, where checkpointing runs the layers again.
+    rerun = window._window if window.checkpointing else []
+    forwards = [(layer, _with_fused_attention(layer.forward)) for layer in rerun]
+    with replaced_forward(forwards), Meter() as meter:
         for _ in range(2 if accumulate else 1):
             before = meter.flops
             hidden, gradients, recorded = _forward(
