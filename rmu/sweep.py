@@ -171,7 +171,7 @@ class Sweep:
             output_dir=folder,
             disable_tqdm=True,
             save_strategy="no",
-            report_to="none",
+            report_to=["none"],
         )
 
     def _window(self, args: RMUConfig, passes: FrozenPasses | None = None) -> RecordedWindow:
