@@ -237,8 +237,9 @@ class FusedLoss(torch.autograd.Function):
                 "the fused RMU loss has no second derivative (create_graph=True); use backend='torch' for one"
             )
         if ctx.recompute:
-            terms = unflatten(list(ctx.saved_tensors), ctx.numbers)
-            gradients = compute(*terms, *ctx.settings, grad_output)[2:]
+            forget, retain = unflatten(list(ctx.saved_tensors), ctx.numbers)
+            rows = compute(forget, retain, *ctx.settings, grad_output)
+            gradients: Sequence[Tensor | None] = rows.forget_gradient, rows.retain_gradient
         else:
             gradients = ctx.saved_tensors
             if needs_operator(grad_output):
@@ -248,7 +249,8 @@ class FusedLoss(torch.autograd.Function):
                 raise RuntimeError("this loss has been differentiated already: compute it again")
             else:
                 ctx.spent = True
-                rescale(*gradients, grad_output)
+                forget_gradient, retain_gradient = gradients
+                rescale(forget_gradient, retain_gradient, grad_output)
         return *gradients, None, None, None, None, None
 
 
