@@ -126,8 +126,8 @@ def accuracy(changes: Sequence[Change], chance: float | None, theme: Theme) -> F
             label=f"chance {100 * chance:.0f}%",
         )
     axes.set_yticks(range(len(lines)), [label for _, label in lines])
-    for tick, (change, _) in zip(axes.get_yticklabels(), lines, strict=True):
-        if change is None:
+    for tick, (row, _) in zip(axes.get_yticklabels(), lines, strict=True):
+        if row is None:
             tick.set_fontweight("bold")
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_xlim(0, 100)
@@ -204,7 +204,7 @@ def natural_norms(norms: Sequence[LayerNorms], layer: int, coefficient: float, t
     axes.plot([layer], [coefficient], "D", color=theme.forget, markersize=6, label=f"c = {coefficient:g}")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("norm of the hidden state")
     _legend_above(figure, axes)
@@ -245,7 +245,7 @@ def series(
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         axes.xaxis.set_minor_formatter("")
     else:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     _legend_above(figure, axes, columns=2)

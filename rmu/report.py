@@ -127,8 +127,8 @@ def _history_section(results: dict[str, Any]) -> Section | None:
 def _confidence_section(results: dict[str, Any]) -> Section | None:
     drawings = []
     for side in ("forget", "retain"):
-        pair = {key: (results[key].get("confidence") or {}).get(side) for key in ("before", "after")}
-        pair = {key: histogram for key, histogram in pair.items() if histogram}
+        both = {key: (results[key].get("confidence") or {}).get(side) for key in ("before", "after")}
+        pair = {key: histogram for key, histogram in both.items() if histogram}
         if pair:
             caption = f"How sure the model is of its likeliest next token, on {side} text."
             means = [f"{key} {h['mean']:.3f}" for key, h in pair.items() if h.get("mean") is not None]

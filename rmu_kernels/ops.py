@@ -238,7 +238,8 @@ class FusedLoss(torch.autograd.Function):
             )
         if ctx.recompute:
             forget, retain = unflatten(list(ctx.saved_tensors), ctx.numbers)
-            rows = compute(forget, retain, *ctx.settings, grad_output)
+            alpha, reduction, wanted = ctx.settings
+            rows = compute(forget, retain, alpha, reduction, wanted, grad_output)
             gradients: Sequence[Tensor | None] = rows.forget_gradient, rows.retain_gradient
         else:
             gradients = ctx.saved_tensors
