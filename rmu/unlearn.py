@@ -169,7 +169,9 @@ def plan_lines(base: str, arguments: UnlearningArguments, config: RMUConfig) -> 
         ValueError: settings that do not fit the model.
     """
     if config.quantization != "none":
-        return f"no plan: quantization is {config.quantization}, and what a quantized base takes is not planned"
+        return (
+            f"no plan: quantization is {config.quantization}, and what a quantized base takes is not planned"
+        )
     try:
         return short(
             plan_run(
