@@ -238,12 +238,12 @@ def summary_rows(results: Mapping[str, Any]) -> list[list[str]]:
         values = [e["perplexity"]["perplexity"] for e in (before, after)]
         percent = number_text(100 * (values[1] / values[0] - 1), "+.1f") + "%"
         rows.append(["prose perplexity", f"{values[0]:.2f}", f"{values[1]:.2f}", percent])
-    for side in ("forget", "retain"):
-        values = [((e.get("confidence") or {}).get(side) or {}).get("mean") for e in (before, after)]
+    for name in ("forget", "retain"):
+        values = [((e.get("confidence") or {}).get(name) or {}).get("mean") for e in (before, after)]
         if None not in values:
             difference = number_text(values[1] - values[0], "+.3f")
             rows.append(
-                [f"mean token confidence, {side} text", f"{values[0]:.3f}", f"{values[1]:.3f}", difference]
+                [f"mean token confidence, {name} text", f"{values[0]:.3f}", f"{values[1]:.3f}", difference]
             )
     return rows
 
