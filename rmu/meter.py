@@ -232,6 +232,7 @@ def _forward(
     if fused_loss:
         hidden = [forget, retain]
         return hidden, [torch.empty_like(h) for h in hidden], recorded
+    assert frozen[1].hidden is not None
     output = rmu_loss(
         forget,
         retain,

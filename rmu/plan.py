@@ -207,7 +207,8 @@ def read_config(model: str | Path, trust_remote_code: bool = False) -> Pretraine
 def _dtype(name: str, config: PretrainedConfig) -> torch.dtype:
     if name != AUTO:
         return getattr(torch, name)
-    return config.get_text_config().dtype or config.dtype or torch.float32
+    dtype = config.get_text_config().dtype or config.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _on_meta(

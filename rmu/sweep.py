@@ -153,7 +153,8 @@ class Sweep:
         folder: str | Path,
     ) -> None:
         _check_fixed(config)
-        self.model, self.tokenizer = model.to(config.device).eval(), tokenizer
+        self.model: PreTrainedModel = model.to(config.device).eval()  # type: ignore[arg-type]
+        self.tokenizer = tokenizer
         self.forget, self.retain, self.runs = forget, retain, list(runs)
         self.configs = {run: self._config(config, run, str(folder)) for run in runs}
         for run, args in self.configs.items():
@@ -178,7 +179,7 @@ class Sweep:
             output_dir=folder,
             disable_tqdm=True,
             save_strategy="no",
-            report_to="none",
+            report_to=["none"],
         )
 
     def _window(self, args: RMUConfig, passes: FrozenPasses | None = None) -> RecordedWindow:

@@ -55,7 +55,9 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
         base = str(folder)
         if arguments.allow_pickle and has_only_pickles(folder):
             base = str(stack.enter_context(as_safetensors(folder, output)))
-        print(plan_lines(base, arguments, config))
+        speaks = config.process_index == 0
+        if speaks:
+            print(plan_lines(base, arguments, config))
         set_seed(config.seed)
         whole = None
         if arguments.evaluate_every:
@@ -75,7 +77,6 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
         if trainer.stored is not None:
             files = (entry.file for entry in trainer.stored.values())
             check_disk_space(Path(base), output, files, checkpoints_size(trainer))
-        speaks = config.process_index == 0
         if speaks:
             print(describe(trainer), flush=True)
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
@@ -149,6 +150,10 @@ def plan_lines(base: str, arguments: UnlearningArguments, config: RMUConfig) -> 
     Raises:
         ValueError: settings that do not fit the model.
     """
+    if config.quantization != "none":
+        return (
+            f"no plan: quantization is {config.quantization}, and what a quantized base takes is not planned"
+        )
     try:
         return short(
             plan_run(

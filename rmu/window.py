@@ -47,7 +47,7 @@ def check_layer(layer: int, number: int) -> None:
         )
 
 
-def check_lengths(model: nn.Module, **lengths: Sequence[int]) -> None:
+def check_lengths(model: PreTrainedModel, **lengths: Sequence[int]) -> None:
     """Raise ``ValueError`` when a model with learned absolute positions (GPT-2, OPT) has fewer than a length asks for."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):

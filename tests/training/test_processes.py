@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 
 from rmu import RMUConfig, RMUTrainer
+from rmu.cli import main
 from rmu.interrupt import Interrupted
 from tests.tiny import random_texts, tiny_folder, write_jsonl
 from tests.training.test_callbacks import task_folder
@@ -163,49 +164,44 @@ LAUNCHERS = {
 }
 
 
+def unlearn_arguments(place: Path, base: Path, out: str, rows: int) -> list[str]:
+    argv = ["unlearn", "--model", str(base), "--layer", "2", "--output_dir", str(place / out)]
+    argv += ["--forget", str(place / "forget.jsonl"), "--retain", str(place / "retain.jsonl")]
+    argv += ["--max_steps", "4", "--use_cpu", "true", "--learning_rate", "1e-2"]
+    return [*argv, "--per_device_train_batch_size", str(rows)]
+
+
+@pytest.fixture(scope="module")
+def one_process(base, tmp_path_factory):
+    """A folder with corpora, tasks, the flags to evaluate on them, and the result of one process, in ``one``."""
+    place = tmp_path_factory.mktemp("launched")
+    for name, texts in (("forget", FORGET[0]), ("retain", RETAIN[0])):
+        write_jsonl(place / f"{name}.jsonl", texts)
+    evaluation = ["--evaluate_every", "2", "--include_path", str(task_folder(place / "tasks"))]
+    evaluation += ["--forget_tasks", "tiny_words", "--retain_tasks", "tiny_words"]
+    assert main([*unlearn_arguments(place, base, "one", 6), *evaluation]) == 0
+    return place, evaluation
+
+
 @needs_gloo
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_launcher_saves_the_folder_that_one_process_saves(base, tmp_path, launcher):
-    for name, texts in (("forget", FORGET[0]), ("retain", RETAIN[0])):
-        write_jsonl(tmp_path / f"{name}.jsonl", texts)
-
-    evaluation = ["--evaluate_every", "2", "--include_path", str(task_folder(tmp_path / "tasks"))]
-    evaluation += ["--forget_tasks", "tiny_words", "--retain_tasks", "tiny_words"]
-
-    def run(out: str, rows: int, *command: str) -> None:
-        argv = [sys.executable, *command, "-m", "rmu", "unlearn", "--model", str(base), "--layer", "2"]
-        argv += ["--forget", str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl")]
-        argv += ["--output_dir", str(tmp_path / out), "--max_steps", "4", "--use_cpu", "true"]
-        argv += ["--per_device_train_batch_size", str(rows), "--learning_rate", "1e-2"]
-        argv += evaluation if launcher == "torchrun" else []
-        done = subprocess.run(
-            argv, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("trained tensors: 3") == done.stdout.count("saved: ") == 1
-
-    run("one", 6)
-    run(
-        "two",
-        3,
-        *LAUNCHERS[launcher],
-        "--main_process_port" if launcher == "accelerate" else "--master_port",
-        str(free_port()),
-    )
-    one, two = tmp_path / "one", tmp_path / "two"
+def test_a_launcher_saves_the_folder_that_one_process_saves(base, one_process, launcher):
+    place, evaluation = one_process
+    port = ["--main_process_port" if launcher == "accelerate" else "--master_port", str(free_port())]
+    argv = [sys.executable, *LAUNCHERS[launcher], *port, "-m", "rmu"]
+    argv += unlearn_arguments(place, base, launcher, 3)
+    argv += evaluation if launcher == "torchrun" else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained tensors: 3") == done.stdout.count("saved: ") == 1
+    one, two = place / "one", place / launcher
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "forget.jsonl",
-        "one",
-        "retain.jsonl",
-        "tasks",
-        "two",
-    ]
-    records = [json.loads((folder / "rmu_run.json").read_text())["evaluations"] for folder in (one, two)]
-    assert len(records[0]) == len(records[1]) == (3 if launcher == "torchrun" else 0)
-    for entry, other in zip(*records, strict=True):
-        for side in ("forget", "retain"):
-            assert entry[f"eval_{side}_accuracy"] == other[f"eval_{side}_accuracy"]
+    assert not list(place.glob(".*"))
+    if launcher == "torchrun":
+        records = [json.loads((folder / "rmu_run.json").read_text())["evaluations"] for folder in (one, two)]
+        accuracies = [[(e["eval_forget_accuracy"], e["eval_retain_accuracy"]) for e in r] for r in records]
+        assert accuracies[0] == accuracies[1] and len(accuracies[0]) == 3
     for path in one.glob("*.safetensors"):
         tensors, others = load_file(path), load_file(two / path.name)
         assert tensors.keys() == others.keys()
