@@ -25,6 +25,7 @@ test: $(ENV)
 lint: $(ENV)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 aot: $(ENV)
 	$(PYTHON) -m rmu_kernels.aot $(ARGS)

@@ -1,14 +1,18 @@
-"""A sweep over layers and coefficients: frozen work shared between the settings, against as many runs of the released loop.
+"""A sweep over layers and coefficients: what ``rmu sweep`` does to train, against as many runs of the released loop.
 
 python -m benchmarks.bench_sweep
+
+Training alone is timed: loading the model and evaluating the results are left out on both sides.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +21,10 @@ from benchmarks import results
 from benchmarks.bench_step import LOSS_TOLERANCE
 from benchmarks.models import SHAPES, Shape, corpora, random_model, word_tokenizer
 from benchmarks.released_loop import LoopSettings, released_loop
-from benchmarks.runs import ALPHA, LEARNING_RATE, SEED, run_apart, trained_layers
+from benchmarks.runs import ALPHA, LEARNING_RATE, SEED, make_config, run_apart, trained_layers
 from benchmarks.timing import synchronize
-from rmu.data import UnlearningCollator
-from rmu.directions import draw_directions
-from rmu.optimizer import AdamWRMU
-from rmu.recording import decoder_layers, frozen_passes
-from rmu.window import LayerWindow
-from rmu_kernels import rmu_loss
+from rmu.sweep import Sweep, SweepArguments, sweep_runs
+from rmu.sweep_states import StateStore
 
 Losses = dict[tuple[int, float], float]  # after the last step, by layer and coefficient
 
@@ -105,58 +105,37 @@ def separate_runs(
 def shared_sweep(
     shape: Shape, layers: list[int], coefficients: list[float], steps: int, device: str, dtype: torch.dtype
 ) -> tuple[float, Losses]:
-    """The same settings: a batch is tokenised once, and one frozen pass of it serves all layers and coefficients."""
-    model = random_model(shape, device, dtype, max(layers) + 1)
+    """The training part of ``rmu sweep``: one frozen pass of a batch serves all layers and coefficients."""
+    model, tokenizer = random_model(shape, device, dtype), word_tokenizer(shape.vocabulary)
     forget, retain = corpora(shape, steps)
-    directions = draw_directions(len(forget), shape.hidden, seed=SEED, dtype=dtype, device=device)
-    synchronize(device)
-    started = time.perf_counter()
-    batches = tokenized(shape, forget, retain, steps, device)
-    windows = [LayerWindow(model, layer, trained_layers=trained_layers(shape.at(layer))) for layer in layers]
-    spans = [(window.first_layer, window.layer) for window in windows]
-    decoder = decoder_layers(model.base_model, max(layers) + 1)
-    recorded = [
-        [frozen_passes(model.base_model, decoder, spans, *side) for side in batch] for batch in batches
-    ]
-    losses = {}
-    for i, (layer, window) in enumerate(zip(layers, windows, strict=True)):
-        original = {name: tensor.clone() for name, tensor in window.trained_tensors()}
-        passes = [[side[i] for side in batch] for batch in recorded]
-        for coefficient in coefficients:
-            window.load_trained_tensors(original)
-            optimizer = AdamWRMU(window.trained, lr=LEARNING_RATE)
-            for step, (frozen_forget, frozen_retain) in enumerate(passes):
-                hidden = window(frozen_forget, frozen_retain)
-                direction = directions[step % len(forget)]
-                loss = rmu_loss(
-                    *hidden, frozen_retain.hidden, direction, coefficient=coefficient, alpha=ALPHA
-                ).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            losses[layer, coefficient] = loss.item()
-    synchronize(device)
-    return time.perf_counter() - started, losses
-
-
-def tokenized(
-    shape: Shape, forget: list[list[str]], retain: list[str], steps: int, device: str
-) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """(ids, mask) of the forget and the retain side of each step, in the released loop's order."""
-    tokenizer = word_tokenizer(shape.vocabulary)
-    collator = UnlearningCollator(
-        tokenizer, forget_lengths=shape.forget_tokens, retain_length=shape.retain_tokens, padding_side="left"
-    )
-    batches = []
-    for step in range(steps):
-        topic, position = step % len(forget), step // len(forget)
-        rows = slice(position * shape.rows, (position + 1) * shape.rows)
-        sides = [
-            collator.side(forget[topic][rows], shape.forget_tokens[topic]),
-            collator.side(retain[rows], shape.retain_tokens),
-        ]
-        batches.append([(s["input_ids"].to(device), s["attention_mask"].to(device)) for s in sides])
-    return batches
+    losses: Losses = {}
+    with tempfile.TemporaryDirectory() as folder:
+        # The hooked layer and the trained ones below it are each run's own.
+        config = make_config(shape, "rmu", steps, device, dtype, Path(folder), {"trained_layers": None})
+        synchronize(device)
+        started = time.perf_counter()
+        runs = sweep_runs(
+            SweepArguments(layers=layers, methods=["rmu"], coefficients=coefficients), config, shape.layers
+        )
+        store = StateStore(int(1e9 * config.cache_size))
+        sweep = Sweep(
+            model,
+            tokenizer,
+            config,
+            forget=forget,
+            retain=[retain],
+            runs=runs,
+            store=store,
+            folder=Path(folder) / "run",
+        )
+        for run in runs:
+            trainer = sweep.train(run)
+            logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            losses[run.layer, run.settings()["coefficient"]] = logged[-1]
+        synchronize(device)
+        seconds = time.perf_counter() - started
+        store.close()
+    return seconds, losses
 
 
 if __name__ == "__main__":

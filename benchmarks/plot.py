@@ -1,4 +1,4 @@
-"""Draw the tables and figures of the README, of docs/performance.md and of docs/kernels.md from ``results/*.csv``.
+"""Draw the tables and figures of the README, of docs/performance.md, docs/kernels.md and docs/compat.md from ``results/*.csv``.
 
 python -m benchmarks.plot
 """
@@ -18,7 +18,7 @@ from benchmarks import plot_demo, plot_kernels, plot_steps
 from benchmarks.results import FOLDER, ROOT
 from benchmarks.tables import Results, replace_between
 
-PERFORMANCE, KERNELS = (Path("docs") / name for name in ("performance.md", "kernels.md"))
+PERFORMANCE, KERNELS, COMPAT = (Path("docs") / name for name in ("performance.md", "kernels.md", "compat.md"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }.items():
         replace_between(root / PERFORMANCE, name, text)
     replace_between(root / KERNELS, "registers", plot_kernels.register_table(results))
+    replace_between(root / COMPAT, "agreement", plot_kernels.agreement_table(results))
     return 0
 
 

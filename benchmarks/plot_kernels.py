@@ -114,6 +114,23 @@ def register_table(results: Results) -> str:
     return f"{table(header, lines)}\n\ntriton {last.triton}, revision {last.revision}, {last.date[:10]}."
 
 
+def agreement_table(results: Results) -> str:
+    """A line for each model and method of docs/compat.md, in each precision."""
+    rows = results.latest("agreement", "cpu")
+    if not len(rows):
+        return NOT_MEASURED
+    header = ["precision", "model", "method", "steps", "loss of step 1", "losses", "trained tensors"]
+    header += ["cosine of the change", "all equal, bit for bit"]
+    lines = []
+    for row in rows.sort_values("variant", key=lambda column: column.str.len(), kind="stable").itertuples():
+        differences = (row.first_loss_difference, row.loss_difference, row.tensor_difference)
+        lines.append(
+            [row.variant, row.architecture, row.method, str(row.steps), *(f"{d:.1e}" for d in differences)]
+            + [f"{row.change_cosine:.4f}", "yes" if is_true(row.equal) else "no"]
+        )
+    return f"{table(header, lines)}\n\n{where_measured(rows)}"
+
+
 def adaptive_table(results: Results) -> str:
     """Ratio of times, Adaptive RMU over RMU."""
     frames = {device: results.latest("adaptive_cost", device) for device in DEVICES}

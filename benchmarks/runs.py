@@ -99,11 +99,33 @@ def make_trainer(
     settings: dict[str, Any],
 ) -> RMUTrainer:
     forget, retain = corpora(shape, steps)
-    directions = folder / "directions.safetensors"
-    directions.write_bytes(
-        directions_to_bytes(draw_directions(len(forget), shape.hidden, seed=SEED, dtype=dtype, device=device))
+    trainer = RMUTrainer(
+        random_model(shape, device, dtype, shape.hooked + 1),
+        make_config(shape, method, steps, device, dtype, folder, settings),
+        forget=forget,
+        retain=[retain],
+        processing_class=word_tokenizer(shape.vocabulary),
     )
-    args = RMUConfig(
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def make_config(
+    shape: Shape,
+    method: str,
+    steps: int,
+    device: str,
+    dtype: torch.dtype,
+    folder: Path,
+    settings: dict[str, Any],
+) -> RMUConfig:
+    """What the released loops do; the directions, drawn as theirs are, are put into the folder."""
+    directions = folder / "directions.safetensors"
+    topics = len(shape.forget_tokens)
+    directions.write_bytes(
+        directions_to_bytes(draw_directions(topics, shape.hidden, seed=SEED, dtype=dtype, device=device))
+    )
+    return RMUConfig(
         **{
             "output_dir": str(folder / "run"),
             "directions": str(directions),
@@ -130,15 +152,6 @@ def make_trainer(
             **settings,
         }
     )
-    trainer = RMUTrainer(
-        random_model(shape, device, dtype, shape.hooked + 1),
-        args,
-        forget=forget,
-        retain=[retain],
-        processing_class=word_tokenizer(shape.vocabulary),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def trained_layers(shape: Shape) -> list[int]:

@@ -39,6 +39,7 @@ CASES = {
     "phases": "model hooked_layer method phase",
     "sweep": "model layers coefficients steps tokens provider",
     "scaling": "curve size",
+    "agreement": "architecture method variant",
     "registers": "title features target",
 }
 

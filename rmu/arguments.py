@@ -81,7 +81,7 @@ def plan_parser(full_help: bool = False) -> HfArgumentParser:
 def settings_parser(types: tuple[type, ...], full_help: bool, **texts: str) -> HfArgumentParser:
     """A parser of dataclasses; ``full_help`` shows the flags of ``TrainingArguments`` too that ``--help`` leaves out."""
     parser = _SettingsParser(
-        types,
+        types,  # type: ignore[arg-type]  # DataClassType is a NewType that no class has
         epilog="Every other flag of transformers.TrainingArguments works too: --help_all lists them.",
         formatter_class=argparse.HelpFormatter,
         allow_abbrev=False,

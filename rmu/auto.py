@@ -72,5 +72,7 @@ def window_norms(
     norms = NormStatistics()
     for batch in batches:
         inputs = (batch[name].to(window.device) for name in ("input_ids", "attention_mask"))
-        norms.add(window.frozen(*inputs).hidden, batch)
+        hidden = window.frozen(*inputs).hidden
+        assert hidden is not None
+        norms.add(hidden, batch)
     return norms.summary(window.layer, argument)

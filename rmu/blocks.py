@@ -21,7 +21,7 @@ class Block(NamedTuple):
     """A tensor of the model, or with an ``index`` a part of it."""
 
     tensor: str
-    index: Index = ()
+    index: Index = ()  # type: ignore[assignment]  # takes the place of tuple.index
 
 
 def all_blocks(model_type: str, tensors: Mapping[str, Tensor]) -> dict[str, Block]:

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,11 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from rmu.checkpoint import local_folder, stored_tensors
 from rmu.data import UnlearningCollator, check_tokenizer, load_tokenizer
 from rmu.recording import decoder_layers, hidden_state
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from rmu.figures import Theme
 
 COEFFICIENT_PER_NORM = 3.0
 SCALE = 5.0
@@ -284,7 +289,9 @@ def write_calibration(calibration: Calibration, folder: str | Path) -> list[Path
 
     for i, norms in enumerate(calibration.norms):
 
-        def draw(theme, norms=norms, coefficient=calibration.coefficient[i]):
+        def draw(
+            theme: Theme, norms: list[LayerNorms] = norms, coefficient: float = calibration.coefficient[i]
+        ) -> Figure:
             return natural_norms(norms, calibration.layer, coefficient, theme)
 
         paths.append(folder / f"natural_norms_{i}.png")

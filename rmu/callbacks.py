@@ -80,7 +80,7 @@ class EvaluationCallback(TrainerCallback):
     ) -> None:
         # A model loaded with a device map is where it belongs, and in 8 bits it cannot be moved.
         if not hasattr(self.model, "hf_device_map"):
-            self.model.to(args.device)
+            self.model.to(args.device)  # type: ignore[arg-type]
         self.model.eval()
         with self.trainer.window.original():
             self.before = self._measure()
@@ -152,7 +152,7 @@ class PlateauCallback(TrainerCallback):
         self.lowest, self.lowest_step = math.inf, 0
         for entry in state.log_history:
             if "loss" in entry:
-                self._fell(entry["loss"], entry["step"])
+                self._fell(entry["loss"], int(entry["step"]))
 
     def _fell(self, loss: float, step: int) -> bool:
         if loss >= self.lowest * (1 - _PLATEAU_DECREASE):

@@ -382,7 +382,7 @@ def _replace_bytes(path: Path, tensor: Tensor, entry: StoredTensor) -> None:
         raise ValueError(f"tensor: got {data.nbytes} bytes for {entry.end - entry.begin} in {path.name}")
     with open(path, "r+b") as stream:
         stream.seek(entry.begin)
-        stream.write(data)
+        stream.write(data.data)
 
 
 def _can_link(path: Path, same_device: bool) -> bool:

@@ -164,7 +164,9 @@ class RMUConfig(TrainingArguments):
     optim: str = _setting(
         TrainingArguments.optim, "Optimizer: adamw_rmu, that of the released loops, or one of transformers'."
     )
-    adam_epsilon: float | None = _setting(None, "Epsilon of AdamW: default 1e-8, for adamw_rmu 1e-6.")
+    adam_epsilon: float | None = _setting(  # type: ignore[assignment]  # a number after __post_init__
+        None, "Epsilon of AdamW: default 1e-8, for adamw_rmu 1e-6."
+    )
     lr_scheduler_type: str = _setting("constant", "Learning rate schedule.")
     weight_decay: float = _setting(0.0, "Weight decay of AdamW.")
     max_grad_norm: float = _setting(0.0, "Clip gradients to this norm; 0: never.")
@@ -303,7 +305,7 @@ class RMUConfig(TrainingArguments):
         """The fields that this class defines, by name: the record of a run."""
         inherited = {f.name for f in fields(TrainingArguments)}
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inherited}
-        training = (
+        training: tuple[str, ...] = (
             "max_steps",
             "per_device_train_batch_size",
             "gradient_accumulation_steps",

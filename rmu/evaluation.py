@@ -89,7 +89,7 @@ def evaluate_tasks(
     finally:
         model.train(was_training)
     # The first process alone has the results.
-    rows = [None if results is None else accuracy_rows(tasks, results)]
+    rows: list[Any] = [None if results is None else accuracy_rows(tasks, results)]
     return (broadcast_object_list(rows) if processes > 1 else rows)[0]
 
 
@@ -131,7 +131,7 @@ def load_tasks(tasks: list[str], include_path: str | Path | None) -> Any:
     return loaded
 
 
-def _task_manager(tasks: list[str], include_path: str | Path | None):
+def _task_manager(tasks: list[str], include_path: str | Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     path = None if include_path is None else str(include_path)
@@ -322,4 +322,4 @@ def load_model(
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     check_tokenizer(tokenizer, loaded.config.get_text_config().vocab_size)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return loaded.to(accelerator or "cpu").eval(), tokenizer
+    return loaded.to(accelerator or "cpu").eval(), tokenizer  # type: ignore[arg-type]

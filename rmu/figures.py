@@ -4,9 +4,19 @@ Every figure is one narrow panel, so that its text stays readable when a phone s
 Colours are from the palettes of Okabe and Ito and of Paul Tol; markers and dashes repeat what they say.
 """
 
+from __future__ import annotations
+
 import io
 import textwrap
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from rmu.calibrate import LayerNorms
+    from rmu.verdict import Change
 
 
 class Theme(NamedTuple):
@@ -25,7 +35,7 @@ DARK = Theme("#e3e8ee", "#3c4753", "#161b22", "#56b4e9", "#e69f00", "#dd88bb", "
 WIDTH = 4.2  # inches, 403 CSS pixels
 
 
-def render(draw, theme: Theme, image_format: str) -> bytes:
+def render(draw: Callable[[Theme], Figure], theme: Theme, image_format: str) -> bytes:
     """`draw(theme)` as SVG on a transparent ground, or as PNG on the theme's paper."""
     try:
         from matplotlib import rc_context
@@ -33,7 +43,7 @@ def render(draw, theme: Theme, image_format: str) -> bytes:
         raise ModuleNotFoundError(
             "the report's figures need matplotlib: pip install 'rmu-kernels[plots]'"
         ) from error
-    settings = {
+    settings: dict[Any, Any] = {
         "font.size": 9,
         "text.parse_math": False,  # a `$` in a name is a dollar
         "text.color": theme.ink,
@@ -55,19 +65,21 @@ def render(draw, theme: Theme, image_format: str) -> bytes:
     }
     with rc_context(settings):
         out = io.BytesIO()
-        options = {"transparent": True, "metadata": {"Date": None}} if image_format == "svg" else {"dpi": 200}
+        options: dict[str, Any] = (
+            {"transparent": True, "metadata": {"Date": None}} if image_format == "svg" else {"dpi": 200}
+        )
         draw(theme).savefig(out, format=image_format, **options)
         return out.getvalue()
 
 
-def _panel(height: float):
+def _panel(height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _legend_above(figure, axes, columns: int = 3) -> None:
+def _legend_above(figure: Figure, axes: Axes, columns: int = 3) -> None:
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     labels = sorted(
         entries, key=lambda label: label.startswith("chance")
@@ -78,9 +90,9 @@ def _legend_above(figure, axes, columns: int = 3) -> None:
     )
 
 
-def accuracy(changes, chance: float | None, theme: Theme):
+def accuracy(changes: Sequence[Change], chance: float | None, theme: Theme) -> Figure:
     """Before and after ± one standard error, a line per `Change`, a heading per side, and the chance line."""
-    lines = []  # (change or None for a heading, label)
+    lines: list[tuple[Change | None, str]] = []  # (change or None for a heading, label)
     side = None
     for change in changes:
         if change.side != side:
@@ -114,8 +126,8 @@ def accuracy(changes, chance: float | None, theme: Theme):
             label=f"chance {100 * chance:.0f}%",
         )
     axes.set_yticks(range(len(lines)), [label for _, label in lines])
-    for tick, (change, _) in zip(axes.get_yticklabels(), lines, strict=True):
-        if change is None:
+    for tick, (row, _) in zip(axes.get_yticklabels(), lines, strict=True):
+        if row is None:
             tick.set_fontweight("bold")
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_xlim(0, 100)
@@ -126,7 +138,7 @@ def accuracy(changes, chance: float | None, theme: Theme):
     return figure
 
 
-def curves(lines, label: str, theme: Theme, log: bool = False):
+def curves(lines: Sequence[tuple[Any, ...]], label: str, theme: Theme, log: bool = False) -> Figure:
     """One line per (side, name, steps, values) over the optimiser steps."""
     figure, axes = _panel(2.9)
     dashes = {"forget": iter(["-", ":", "-."] * len(lines)), "retain": iter(["--"] * len(lines))}
@@ -150,7 +162,7 @@ def curves(lines, label: str, theme: Theme, log: bool = False):
     return figure
 
 
-def confidence(histograms: dict, theme: Theme):
+def confidence(histograms: Mapping[str, Any], theme: Theme) -> Figure:
     """Share of tokens per bin of the top probability, `{"before": {edges, counts, mean}, "after": ...}`."""
     figure, axes = _panel(2.7)
     for key, histogram in histograms.items():
@@ -175,7 +187,7 @@ def confidence(histograms: dict, theme: Theme):
     return figure
 
 
-def natural_norms(norms, layer: int, coefficient: float, theme: Theme):
+def natural_norms(norms: Sequence[LayerNorms], layer: int, coefficient: float, theme: Theme) -> Figure:
     """Median, mean and largest norm per layer of a list of `LayerNorms`, with the proposed layer and c."""
     figure, axes = _panel(3.0)
     layers = [row.layer for row in norms]
@@ -192,14 +204,22 @@ def natural_norms(norms, layer: int, coefficient: float, theme: Theme):
     axes.plot([layer], [coefficient], "D", color=theme.forget, markersize=6, label=f"c = {coefficient:g}")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("norm of the hidden state")
     _legend_above(figure, axes)
     return figure
 
 
-def series(lines, x_label: str, y_label: str, theme: Theme, *, log_x: bool = False, level=None):
+def series(
+    lines: Sequence[tuple[Any, ...]],
+    x_label: str,
+    y_label: str,
+    theme: Theme,
+    *,
+    log_x: bool = False,
+    level: tuple[float, str] | None = None,
+) -> Figure:
     """Lines with error bars: (name, x values, y values, errors or None, colour of the theme, dash); `level` is (y, name)."""
     figure, axes = _panel(3.1)
     for name, x, y, errors, colour, dash in lines:
@@ -225,14 +245,14 @@ def series(lines, x_label: str, y_label: str, theme: Theme, *, log_x: bool = Fal
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         axes.xaxis.set_minor_formatter("")
     else:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     _legend_above(figure, axes, columns=2)
     return figure
 
 
-def shares(steps, x_label: str, theme: Theme):
+def shares(steps: Sequence[tuple[Any, ...]], x_label: str, theme: Theme) -> Figure:
     """Histograms as outlines: (name, edges, shares, colour of the theme, dash)."""
     figure, axes = _panel(2.9)
     for name, edges, values, colour, dash in steps:

@@ -143,14 +143,14 @@ def replaced_forward(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -
     kept = [(module, module.__dict__.get("forward")) for module, _ in forwards]
     try:
         for module, forward in forwards:
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
         yield
     finally:
         for module, own in kept:
             if own is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.forward = own  # type: ignore[method-assign]
+                module.forward = own
 
 
 @contextmanager

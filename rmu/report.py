@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from . import figures
 from .report_page import (
@@ -50,13 +51,13 @@ LIMITS = [
 ]
 
 
-def _accuracy_section(results) -> Section | None:
-    tables = {}
+def _accuracy_section(results: dict[str, Any]) -> Section | None:
+    rows: dict[str, list[list[str]]] = {}
     for (side, task, domain), (before, after) in paired_rows(results).items():
         change = Change(side, domain, pool([before]), pool([after]))
         scores = [score_text(change.before), score_text(change.after), number_text(change.points, "+.1f")]
-        tables.setdefault(task, []).append([domain, side, str(before["n"]), *scores])
-    if not tables:
+        rows.setdefault(task, []).append([domain, side, str(before["n"]), *scores])
+    if not rows:
         return None
 
     drawings = []
@@ -74,11 +75,11 @@ def _accuracy_section(results) -> Section | None:
         "give n questions, accuracies in percent ± one standard error, and their change in points."
     )
     header = ["domain", "side", "n", "before", "after", "change"]
-    tables = [Table(f"Template {task}", header, rows, text_columns=2) for task, rows in tables.items()]
+    tables = [Table(f"Template {task}", header, own, text_columns=2) for task, own in rows.items()]
     return Section("Accuracy", [Drawings(drawings), Text(note), *tables])
 
 
-def _perplexity_section(results) -> Section | None:
+def _perplexity_section(results: dict[str, Any]) -> Section | None:
     before, after = (results[key].get("perplexity") for key in ("before", "after"))
     if not (before and after):
         return None
@@ -90,7 +91,9 @@ def _perplexity_section(results) -> Section | None:
     return Section("Perplexity", [Text(perplexity_finding(before, after).text + tokens)])
 
 
-def _curves(history, side, key) -> list[tuple]:
+def _curves(
+    history: list[dict[str, Any]], side: str, key: str
+) -> list[tuple[str, str, list[int], list[float]]]:
     """(side, name, steps, values) of a logged value, on the forget side a line per topic."""
     rows = [row for row in history if row.get(key) is not None]
     topics = sorted({row.get("topic", 0) for row in rows})
@@ -100,7 +103,7 @@ def _curves(history, side, key) -> list[tuple]:
     return [(side, name, [r["step"] for r in g], [r[key] for r in g]) for name, g in groups.items() if g]
 
 
-def _history_section(results) -> Section | None:
+def _history_section(results: dict[str, Any]) -> Section | None:
     history = results.get("history") or []
     loss = "The two loss terms over the steps, before the retain weight is applied."
     cosine = (
@@ -121,11 +124,11 @@ def _history_section(results) -> Section | None:
     return Section("Training", [Drawings(drawings)]) if drawings else None
 
 
-def _confidence_section(results) -> Section | None:
+def _confidence_section(results: dict[str, Any]) -> Section | None:
     drawings = []
     for side in ("forget", "retain"):
-        pair = {key: (results[key].get("confidence") or {}).get(side) for key in ("before", "after")}
-        pair = {key: histogram for key, histogram in pair.items() if histogram}
+        both = {key: (results[key].get("confidence") or {}).get(side) for key in ("before", "after")}
+        pair = {key: histogram for key, histogram in both.items() if histogram}
         if pair:
             caption = f"How sure the model is of its likeliest next token, on {side} text."
             means = [f"{key} {h['mean']:.3f}" for key, h in pair.items() if h.get("mean") is not None]
@@ -136,7 +139,7 @@ def _confidence_section(results) -> Section | None:
     return Section("Token confidence", [Drawings(drawings)]) if drawings else None
 
 
-def _generations_section(results) -> Section | None:
+def _generations_section(results: dict[str, Any]) -> Section | None:
     found = results.get("generations") or []
     rows = [
         (
@@ -151,7 +154,7 @@ def _generations_section(results) -> Section | None:
     return Section("Generations", [note, Examples(rows)]) if rows else None
 
 
-def _cost(key: str, value) -> list[str]:
+def _cost(key: str, value: Any) -> list[str]:
     if key.endswith("_seconds"):
         minutes = f" ({value / 60:.1f} min)" if value >= 120 else ""
         return [key.removesuffix("_seconds").replace("_", " ") + " time", f"{value:.1f} s{minutes}"]
@@ -160,11 +163,11 @@ def _cost(key: str, value) -> list[str]:
     return [key.replace("_", " "), str(value)]
 
 
-def _setting(value) -> str:
+def _setting(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _sections(results) -> list[Section]:
+def _sections(results: dict[str, Any]) -> list[Section]:
     intro = "Accuracies in percent ± one standard error, their change in points"
     if results.get("chance") is not None:
         intro += f"; chance is {100 * results['chance']:.1f}%"
@@ -192,7 +195,7 @@ def _sections(results) -> list[Section]:
     return [section for section in sections if section]
 
 
-def write_report(results: dict, folder) -> Path:
+def write_report(results: dict[str, Any], folder: str | Path) -> Path:
     """Write `report.html`, `report.md` with PNG figures, and `results.json`; return the page's path.
 
     `results` holds `before` and `after`, each with `accuracy`, a list of {task, domain, side, n, accuracy,
@@ -236,6 +239,6 @@ def write_report(results: dict, folder) -> Path:
     return path
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """NumPy and torch scalars as numbers, arrays as lists, anything else as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

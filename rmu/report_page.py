@@ -1,55 +1,72 @@
 """A report's blocks, and their two renderings: one self-contained HTML page, or Markdown with PNG files."""
 
+from __future__ import annotations
+
 import base64
 import html
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from . import figures
+from .verdict import Finding
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-class Text(NamedTuple):
+@dataclass(frozen=True)
+class Text:
+    kind: ClassVar[str] = "text"
     text: str
-    kind = "text"
 
 
-class Items(NamedTuple):
+@dataclass(frozen=True)
+class Items:
+    kind: ClassVar[str] = "items"
     items: list[str]
-    kind = "items"
 
 
-class Table(NamedTuple):
+@dataclass(frozen=True)
+class Table:
+    kind: ClassVar[str] = "table"
     name: str
     header: list[str]
     rows: list[list[str]]
     text_columns: int = 1  # the columns after these hold numbers and are aligned right
-    kind = "table"
 
 
-class Drawing(NamedTuple):
+@dataclass(frozen=True)
+class Drawing:
     name: str
     alt: str
     caption: str
-    draw: Callable  # theme -> matplotlib Figure
+    draw: Callable[[figures.Theme], Figure]
 
 
-class Drawings(NamedTuple):
+@dataclass(frozen=True)
+class Drawings:
+    kind: ClassVar[str] = "drawings"
     drawings: list[Drawing]
-    kind = "drawings"
 
 
-class Examples(NamedTuple):
+@dataclass(frozen=True)
+class Examples:
+    kind: ClassVar[str] = "examples"
     rows: list[tuple[str, str, str, str]]  # side, prompt, before, after
-    kind = "examples"
 
 
-class Section(NamedTuple):
+Block: TypeAlias = Text | Items | Table | Drawings | Examples
+
+
+@dataclass(frozen=True)
+class Section:
     title: str
-    blocks: list
+    blocks: Sequence[Block]
 
 
 MARKS = {
@@ -205,10 +222,16 @@ def _breakable(text: str) -> Markup:
     return Markup(re.sub(r"([_/]|\.(?=[A-Za-z_]))", r"\1<wbr>", str(escape(text))))
 
 
-def render_html(title, about, headline, findings, sections) -> str:
+def render_html(
+    title: str,
+    about: Sequence[str],
+    headline: str,
+    findings: Sequence[Finding],
+    sections: Sequence[Section],
+) -> str:
     """The page, every figure inside as SVG for light and for dark screens."""
 
-    def image(drawing, theme):
+    def image(drawing: Drawing, theme: figures.Theme) -> str:
         svg = figures.render(drawing.draw, theme, "svg")
         return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
 
@@ -233,13 +256,19 @@ def escape_markdown(text: str) -> str:
     return "<br>".join(line.strip() for line in text.strip().splitlines())
 
 
-def _markdown_table(header, rows, text_columns) -> list[str]:
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> list[str]:
     align = ["---" if i < text_columns else "---:" for i in range(len(header))]
     cells = [[escape_markdown(cell) for cell in row] for row in [header, *rows]]
     return ["| " + " | ".join(row) + " |" for row in [cells[0], align, *cells[1:]]]
 
 
-def render_markdown(title, about, headline, findings, sections) -> str:
+def render_markdown(
+    title: str,
+    about: Sequence[str],
+    headline: str,
+    findings: Sequence[Finding],
+    sections: Sequence[Section],
+) -> str:
     """The same content; a figure named `name` is expected beside it as `name.png`."""
     lines = [f"# {escape_markdown(title)}", ""]
     for line in about:
@@ -251,14 +280,14 @@ def render_markdown(title, about, headline, findings, sections) -> str:
     for section in sections:
         lines += ["", f"## {escape_markdown(section.title)}", ""]
         for block in section.blocks:
-            if block.kind == "text":
+            if isinstance(block, Text):
                 lines += [escape_markdown(block.text), ""]
-            elif block.kind == "items":
+            elif isinstance(block, Items):
                 lines += [f"- {escape_markdown(item)}" for item in block.items] + [""]
-            elif block.kind == "table":
+            elif isinstance(block, Table):
                 lines += [f"**{escape_markdown(block.name)}**", ""]
                 lines += _markdown_table(block.header, block.rows, block.text_columns) + [""]
-            elif block.kind == "examples":
+            elif isinstance(block, Examples):
                 lines += _markdown_table(["side", "prompt", "before", "after"], block.rows, 4) + [""]
             else:
                 for drawing in block.drawings:

@@ -37,7 +37,7 @@ class ResumableTrainer(Trainer):
         self.signals = SaveOnSignal()
         self.add_callback(self.signals)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``transformers.Trainer.train``.
 
         Args:
@@ -51,21 +51,26 @@ class ResumableTrainer(Trainer):
         resume = self._checkpoint_to_resume(resume_from_checkpoint)
         heeded = self.signals in self.callback_handler.callbacks
         with self.signals.watching(self.args.world_size) if heeded else nullcontext():
-            output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
+            output = super().train(str(resume) if resume else None, *args, **kwargs)
         self._check_run()
         if self.signals.agreed:
-            saved = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            saved = self._output_folder / f"checkpoint-{self.state.global_step}"
             raise Interrupted(
                 f"interrupted after step {self.state.global_step} of {self.state.max_steps}, saved {saved}; to go on, "
                 "give the same command with --resume_from_checkpoint true"
             )
         return output
 
+    @property
+    def _output_folder(self) -> Path:
+        assert self.args.output_dir is not None  # TrainingArguments has a default
+        return Path(self.args.output_dir)
+
     def _check_run(self) -> None:
         """Raise ``ValueError`` if what the run would save now is not worth it; called on every process."""
 
     def _kept(self) -> str:
-        kept = last_checkpoint(Path(self.args.output_dir))
+        kept = last_checkpoint(self._output_folder)
         return f"the last checkpoint is {kept}" if kept else "nothing was saved"
 
     def _together(self, work: Callable[[], None], main_only: bool = False) -> None:
@@ -88,7 +93,7 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in ``transformers.Trainer``, but a checkpoint is whole under its name or not there."""
         self._check_run()
-        output = Path(self.args.output_dir)
+        output = self._output_folder
         staging = output / STAGING
 
         def write() -> None:
@@ -118,7 +123,7 @@ class ResumableTrainer(Trainer):
     def _checkpoint_to_resume(self, resume: str | bool | None) -> Path | None:
         if resume is None or str(resume).lower() == "false":
             return None
-        output = Path(self.args.output_dir)
+        output = self._output_folder
         self._together(lambda: remove_leftovers(output), main_only=True)
         if str(resume).lower() != "true":
             check_complete(Path(str(resume)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class UpdateRounding(TrainerCallback):
         dtype: the model's dtype, one with fewer than 32 bits.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
         self.parameters, self.dtype = list(parameters), dtype
         self._before: list[tuple[Tensor, Tensor]] = []
         self._counts: Tensor | None = (

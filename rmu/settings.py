@@ -117,7 +117,7 @@ def _convert(action: argparse.Action, value: Any) -> Any:
 
 
 def _convert_one(action: argparse.Action, value: Any) -> Any:
-    convert = action.type or str
+    convert: Any = action.type or str
     try:
         if isinstance(value, (list, dict)):
             raise TypeError("expected one value")

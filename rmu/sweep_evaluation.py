@@ -84,7 +84,9 @@ class RowScorer:
         # The last token is only predicted, the first never.
         width = max(len(rows[host][0]) for host in hosted) - 1
         ids = torch.zeros(len(hosted), width, dtype=torch.long)
-        places, positions, targets = [], [], []
+        places: list[int] = []
+        positions: list[int] = []
+        targets: list[int] = []
         for j, (host, own) in enumerate(hosted.items()):
             inputs = rows[host][0][:-1]
             ids[j, : len(inputs)] = torch.tensor(inputs)
@@ -111,7 +113,12 @@ class RowScorer:
                 continue
             states: dict[str, Tensor] = {}
 
-            def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], into=states) -> None:
+            def record(
+                module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                into: dict[str, Tensor] = states,
+            ) -> None:
                 into["entry"] = args[0] if args else kwargs["hidden_states"]
                 raise _Leave
 

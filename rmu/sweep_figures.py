@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def write_figures(found: Sequence[Outcome], stem: Path) -> list[Path]:
     for suffix, draw in (("", layer_curves), ("_heat_map", heat_map), ("_pareto", pareto)):
         paths.append(stem.with_name(f"{stem.name}{suffix}.png"))
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        paths[-1].write_bytes(render(lambda theme, draw=draw: draw(found, theme), LIGHT, "png"))
+        paths[-1].write_bytes(render(partial(draw, found), LIGHT, "png"))
     return paths
 
 

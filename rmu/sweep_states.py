@@ -115,7 +115,7 @@ class FrozenPasses:
     """
 
     def __init__(self, model: PreTrainedModel, states: Iterable[int], store: StateStore) -> None:
-        self.model = model.base_model
+        self.model: PreTrainedModel = model.base_model  # type: ignore[assignment]
         self.layers = decoder_layers(self.model, model.config.get_text_config().num_hidden_layers)
         self.states = sorted(set(states))
         self.store = store

@@ -11,13 +11,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from rmu import compat
 from rmu.auto import find_layer, find_target
@@ -68,6 +68,10 @@ class RMUTrainer(ResumableTrainer):
         ValueError: a setting that does not fit the model or the corpora, named.
     """
 
+    args: RMUConfig
+    train_dataset: UnlearningSchedule
+    processing_class: PreTrainedTokenizerBase
+
     # compute_loss divides by the counted tokens of the whole step.
     loss_is_scaled_for_ga = True
 
@@ -100,7 +104,8 @@ class RMUTrainer(ResumableTrainer):
         released = args.compat == "released"
         if released and args.world_size > 1:
             raise ValueError(f"compat: got released on {args.world_size} processes, the loops run in one")
-        if args.accelerator_config.split_batches or args.accelerator_config.dispatch_batches:
+        accelerator_config: Any = args.accelerator_config  # an AcceleratorConfig after __post_init__
+        if accelerator_config.split_batches or accelerator_config.dispatch_batches:
             raise ValueError(
                 "accelerator_config: got split_batches or dispatch_batches, expected neither: "
                 "every process reads its own rows of a step"
@@ -151,10 +156,10 @@ class RMUTrainer(ResumableTrainer):
             else None
         )
         self._edited: list[str] = []
-        if self.stored is not None and not isinstance(model, str | Path):
+        if self.stored is not None and self.base_folder and not isinstance(model, str | Path):
             self._edited = edited_tensors(
                 self.base_folder,
-                ((prefix + name, tensor) for name, tensor in self.window.model.named_parameters()),
+                self.window.stored_names(),
                 prefix,
             )
             if self._edited:
@@ -162,12 +167,13 @@ class RMUTrainer(ResumableTrainer):
         if args.directions:
             self.directions = read_directions(args.directions, topics, self.window.hidden_size)
         else:
+            as_released: dict[str, Any] = {"dtype": self.window.model.dtype, "device": args.device}
             self.directions = draw_directions(
                 topics,
                 self.window.hidden_size,
                 seed=args.seed,
                 distribution=args.direction_distribution,
-                **({"dtype": self.window.model.dtype, "device": args.device} if released else {}),
+                **(as_released if released else {}),
             )
         self.calibration: list[str] = []
         if automatic:
@@ -220,7 +226,7 @@ class RMUTrainer(ResumableTrainer):
         if self.args.device.type == "cpu":
             self.args.dataloader_pin_memory = False
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the base class; the time it takes goes into the run's record.
 
         Raises:
@@ -229,11 +235,11 @@ class RMUTrainer(ResumableTrainer):
         started = time.perf_counter()
         self._bad_row.fill_(-1)
         try:
-            return super().train(resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._seconds += time.perf_counter() - started
 
-    def get_batch_samples(
+    def get_batch_samples(  # type: ignore[override]  # the counts are of two kinds of tokens
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], StepTokens | None]:
         """The micro-batches of a step on this process, and the counted tokens of the whole step."""
@@ -261,13 +267,14 @@ class RMUTrainer(ResumableTrainer):
             return
         norms = []
         for batch in batches:
-            forget = self._prepare_input(batch["forget"])
+            forget = cast(dict[str, Any], self._prepare_input(batch["forget"]))
             recorded = batch["frozen_forget"] = self.frozen(
                 forget, **self.coefficient.wants(self.args.relative)
             )
             if scope == "first_batch":
                 token_norms = adaptive_coefficient(self.window(recorded)[0], 1.0)
             else:
+                assert recorded.norms is not None
                 token_norms = recorded.norms
             norms.append(token_norms[forget["loss_mask"].bool()])
         value = step_coefficient(
@@ -278,7 +285,7 @@ class RMUTrainer(ResumableTrainer):
         for batch in batches:
             batch["coefficient"] = value
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]  # see get_batch_samples
         self,
         model: nn.Module,
         inputs: dict[str, Any],
@@ -298,6 +305,7 @@ class RMUTrainer(ResumableTrainer):
             forget, **self.coefficient.wants(self.args.relative)
         )
         frozen_retain = self.frozen(retain, hidden=True, repeats=True)
+        assert frozen_retain.hidden is not None
         forget_hidden, retain_hidden = model(frozen_forget, frozen_retain)
         rounds_as_released = self.args.compat == "released" and forget_hidden.dtype != torch.float32
         if rounds_as_released and self.args.method == "adaptive" and topic not in self.coefficient.first:
@@ -356,12 +364,14 @@ class RMUTrainer(ResumableTrainer):
             own, all_tokens = (
                 (counted[1], tokens.retain) if name.startswith("retain") else (counted[0], tokens.forget)
             )
-            own = 1 / self.window.hidden_size if name.endswith("_loss") else own
-            shares[name] = value * (own / max(all_tokens, 1))
+            share = 1 / self.window.hidden_size if name.endswith("_loss") else own
+            shares[name] = value * (share / max(all_tokens, 1))
         return shares
 
     @staticmethod
-    def get_optimizer_cls_and_kwargs(args: RMUConfig, model: nn.Module | None = None) -> tuple[Any, Any]:
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: PreTrainedModel | None = None
+    ) -> tuple[Any, Any]:
         """As in ``transformers.Trainer``, which does not know ``adamw_rmu``."""
         if args.optim != ADAMW_RMU:
             return Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -403,13 +413,16 @@ class RMUTrainer(ResumableTrainer):
         Raises:
             ValueError: the model was given in memory without a folder it was loaded from, or was changed after that.
         """
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir) if output_dir else self._output_folder
         if _internal_call:
             if self.args.should_save:
                 self._save_trained(folder)
             return
         self._check_trained()
         self._together(lambda: self._write_result(folder), main_only=True)
+        # The other processes do not wait for an upload, which can outlast their timeout.
+        if self.args.push_to_hub:
+            self.push_to_hub(folder=folder)
 
     def _check_trained(self) -> None:
         if not all(torch.isfinite(tensor).all() for _, tensor in self.window.trained_tensors()):
@@ -436,10 +449,8 @@ class RMUTrainer(ResumableTrainer):
             if self._edited:
                 raise ValueError(f"{self._edit_message()}; save it with save_pretrained and give that folder")
             save_unlearned(self.base_folder, folder, self.window.trained_tensors(), self.stored, extra_files)
-        if self.args.push_to_hub:
-            self.push_to_hub(folder=folder)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # with a folder
         self, commit_message: str | None = None, *, folder: str | Path | None = None, **kwargs: Any
     ) -> Any:
         """Upload a saved result (default: ``output_dir``) to ``hub_model_id``; never the state of training.
@@ -455,6 +466,7 @@ class RMUTrainer(ResumableTrainer):
             return None
         if getattr(self, "hub_model_id", None) is None:
             self.init_hf_repo()
+        assert self.hub_model_id is not None
         return HfApi().upload_folder(
             repo_id=self.hub_model_id,
             folder_path=str(folder or self.args.output_dir),
@@ -478,7 +490,7 @@ class RMUTrainer(ResumableTrainer):
         return base_fingerprint(self.base_folder, (self.stored or {}).values())
 
     def run_record(self) -> dict[str, Any]:
-        """What is needed to audit and repeat the run."""
+        """What is needed to audit and repeat the run, apart from the texts."""
         steps = [entry for entry in self.state.log_history if "loss" in entry]
         evaluations = [entry for entry in self.state.log_history if "eval_forget_accuracy" in entry]
         revision = (
@@ -494,6 +506,8 @@ class RMUTrainer(ResumableTrainer):
             "calibration": self.calibration,
             "trained_tensors": self.window.trained_names,
             "topics": len(self.alphas),
+            "processes": self.args.world_size,
+            "rows_a_step": self.train_dataset.rows,
             "passes_over_forget_corpora": self.train_dataset.passes(),
             "first_batch_coefficients": self.coefficient.state(),
             "steps": self.state.global_step,

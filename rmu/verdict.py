@@ -6,7 +6,8 @@ errors, which is never smaller than the true one.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 CHANCE_ERRORS = 2  # forget accuracy: at most so many standard errors from chance
 RETAIN_POINTS = 2.0  # retain accuracy: at most so many percentage points lost
@@ -41,17 +42,19 @@ class Finding(NamedTuple):
     text: str
 
 
-def pool(rows) -> Score:
+def pool(rows: Sequence[Mapping[str, Any]]) -> Score:
     n = sum(row["n"] for row in rows)
     accuracy = sum(row["n"] * row["accuracy"] for row in rows) / n
     return Score(accuracy, math.sqrt(sum((row["n"] * row["stderr"]) ** 2 for row in rows)) / n)
 
 
-def mean(scores) -> Score:
+def mean(scores: Sequence[Score]) -> Score:
     return Score(sum(s.accuracy for s in scores) / len(scores), sum(s.stderr for s in scores) / len(scores))
 
 
-def paired_rows(results) -> dict:
+def paired_rows(
+    results: Mapping[str, Any],
+) -> dict[tuple[str, str, str], tuple[dict[str, Any], dict[str, Any]]]:
     """{(side, template, domain): (row before, row after)}, forget first."""
     tables = []
     for key in ("before", "after"):
@@ -76,17 +79,17 @@ def paired_rows(results) -> dict:
     return {key: (before[key], after[key]) for key in order}
 
 
-def template_changes(results) -> list[Change]:
+def template_changes(results: Mapping[str, Any]) -> list[Change]:
     """Per side and template, pooled over domains."""
-    groups = {}
+    groups: dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for (side, task, _), pair in paired_rows(results).items():
         groups.setdefault((side, task), []).append(pair)
     return [Change(*key, *(pool(rows) for rows in zip(*pairs, strict=True))) for key, pairs in groups.items()]
 
 
-def side_changes(results) -> list[Change]:
+def side_changes(results: Mapping[str, Any]) -> list[Change]:
     """Per side, the mean over its templates."""
-    groups = {}
+    groups: dict[str, list[Change]] = {}
     for change in template_changes(results):
         groups.setdefault(change.side, []).append(change)
     return [
@@ -100,9 +103,9 @@ def side_changes(results) -> list[Change]:
     ]
 
 
-def domain_changes(results) -> list[Change]:
+def domain_changes(results: Mapping[str, Any]) -> list[Change]:
     """Per side and domain, the mean over templates."""
-    groups = {}
+    groups: dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for (side, _, domain), pair in paired_rows(results).items():
         groups.setdefault((side, domain), []).append(pair)
     return [
@@ -129,10 +132,10 @@ def _forget_finding(change: Change, parts: list[Change], chance: float | None) -
         brief = f"forget accuracy changed by {number_text(change.points, '+.1f')} points"
         return Finding(goal, "unjudged", brief, text + "; no chance level was given to judge it by.")
 
-    def off(score):
+    def off(score: Score) -> bool:
         return not abs(score.accuracy - chance) <= CHANCE_ERRORS * score.stderr + TINY
 
-    def distance(score):
+    def distance(score: Score) -> str:
         where = "above" if score.accuracy > chance else "below"
         gap = abs(score.accuracy - chance)
         errors = f" ({gap / score.stderr:.1f} standard errors)" if score.stderr else ""
@@ -214,8 +217,8 @@ def headline(findings: list[Finding]) -> str:
     return f"{met} of {len(findings)} goals met: {sentence}"
 
 
-def summary_rows(results) -> list[list[str]]:
-    def row(label, change):
+def summary_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    def row(label: str, change: Change) -> list[str]:
         return [
             label,
             score_text(change.before),
@@ -226,21 +229,21 @@ def summary_rows(results) -> list[list[str]]:
     templates = template_changes(results)
     rows = []
     for side in side_changes(results):
-        own = [change for change in templates if change.side == side.side]
+        own = [part for part in templates if part.side == side.side]
         rows.append(row(f"{side.side} accuracy (%), {side.name}", side))
         if len(own) > 1:
-            rows += [row(f"·\N{NO-BREAK SPACE}{change.name}", change) for change in own]
+            rows += [row(f"·\N{NO-BREAK SPACE}{part.name}", part) for part in own]
     before, after = results["before"], results["after"]
     if before.get("perplexity") and after.get("perplexity"):
         values = [e["perplexity"]["perplexity"] for e in (before, after)]
-        change = number_text(100 * (values[1] / values[0] - 1), "+.1f") + "%"
-        rows.append(["prose perplexity", f"{values[0]:.2f}", f"{values[1]:.2f}", change])
-    for side in ("forget", "retain"):
-        values = [((e.get("confidence") or {}).get(side) or {}).get("mean") for e in (before, after)]
+        percent = number_text(100 * (values[1] / values[0] - 1), "+.1f") + "%"
+        rows.append(["prose perplexity", f"{values[0]:.2f}", f"{values[1]:.2f}", percent])
+    for name in ("forget", "retain"):
+        values = [((e.get("confidence") or {}).get(name) or {}).get("mean") for e in (before, after)]
         if None not in values:
-            change = number_text(values[1] - values[0], "+.3f")
+            difference = number_text(values[1] - values[0], "+.3f")
             rows.append(
-                [f"mean token confidence, {side} text", f"{values[0]:.3f}", f"{values[1]:.3f}", change]
+                [f"mean token confidence, {name} text", f"{values[0]:.3f}", f"{values[1]:.3f}", difference]
             )
     return rows
 

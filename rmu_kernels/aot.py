@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -45,18 +46,18 @@ class Launch(NamedTuple):
 
 
 @contextmanager
-def recorded_launches():
+def recorded_launches() -> Iterator[list[Launch]]:
     """The list of launches that the block asks for; none of them runs."""
-    launches = []
+    launches: list[Launch] = []
 
-    def record(kernel, programs, *arguments, **options):
+    def record(kernel: triton.JITFunction, programs: int, *arguments: Any, **options: Any) -> None:
         launches.append(Launch(kernel, arguments, options))
 
     with patch.object(launch, "run", record):
         yield launches
 
 
-def specialise(value, path: tuple, constants: dict, attributes: dict, fixed: bool):
+def specialise(value: Any, path: tuple[int, ...], constants: dict, attributes: dict, fixed: bool) -> Any:
     """The type of an argument in Triton's signature, as its launcher derives it."""
     if isinstance(value, tuple):
         types = [specialise(v, (*path, i), constants, attributes, fixed) for i, v in enumerate(value)]
@@ -74,10 +75,12 @@ def specialise(value, path: tuple, constants: dict, attributes: dict, fixed: boo
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def compile_launch(call: Launch, target: GPUTarget):
+def compile_launch(call: Launch, target: GPUTarget) -> Any:
     """The compiled kernel of one launch."""
     kernel = call.kernel
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for i, parameter in enumerate(kernel.params):
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
@@ -97,7 +100,7 @@ class Resources(NamedTuple):
 
     registers: int
     spilled: int
-    accesses: Counter
+    accesses: Counter[str]
 
 
 def disassemble(tool: str, option: str, cubin: bytes) -> str:
@@ -108,18 +111,24 @@ def disassemble(tool: str, option: str, cubin: bytes) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def resources(compiled) -> Resources:
+def find(pattern: str, text: str) -> re.Match[str]:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern} in what the compiler wrote")
+    return found
+
+
+def resources(compiled: Any) -> Resources:
     if "cubin" not in compiled.asm:
         text = compiled.asm["amdgcn"]
         registers, spilled = (
-            int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
-            for name in ("vgpr_count", "private_segment_fixed_size")
+            int(find(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "private_segment_fixed_size")
         )
         return Resources(registers, spilled, Counter())
     usage = disassemble("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
+    registers, stack, local = map(int, find(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
     assembly = disassemble("nvdisasm", "-c", compiled.asm["cubin"])
-    accesses = Counter()
+    accesses: Counter[str] = Counter()
     for operation, modifiers in re.findall(r"\b(LDG|STG)((?:\.\w+)*)", assembly):
         width = re.search(r"\.[US]?(128|64|16|8)\b", modifiers)
         accesses[f"{'load' if operation == 'LDG' else 'store'} {width[1] if width else 32}"] += 1
@@ -129,10 +138,10 @@ def resources(compiled) -> Resources:
 def launches_of(variant: str, features: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """What a step of this variant launches, forward and backward."""
 
-    def hidden(tokens):
+    def hidden(tokens: int) -> Tensor:
         return torch.empty(2, tokens, features, dtype=dtype)
 
-    def mask(tokens):
+    def mask(tokens: int) -> Tensor | None:
         return torch.empty(2, tokens, dtype=torch.int64) if "masked" in variant else None
 
     direction = torch.empty(features)

@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FEATURES = 65536
 
 
-def check_tensor(name: str, tensor: Tensor, dtypes=DTYPES) -> None:
+def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
@@ -110,7 +110,9 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def check_reduction(reduction: str, hidden_name: str, hidden: Tensor, choices=REDUCTIONS) -> None:
+def check_reduction(
+    reduction: str, hidden_name: str, hidden: Tensor, choices: tuple[str, ...] = REDUCTIONS
+) -> None:
     check_choice("reduction", reduction, choices)
     if reduction == "sequence_mean" and hidden.ndim != 3:
         raise ValueError(

@@ -244,13 +244,20 @@ def rmu_loss(
     on_triton = resolve_backend(forget, backend) == "triton"
     rmu = ops.fused_loss if on_triton else reference.rmu_loss
     loss, parts = rmu(forget_term, retain_term, float(alpha), reduction, metrics)
+    assert parts is not None
     forget_loss, retain_loss, *measured = parts.unbind()
     return RMULossOutput(
         loss, forget_loss, retain_loss, dict(zip(reference.METRICS, measured, strict=bool(metrics)))
     )
 
 
-def _check_forget_target(direction, coefficient, frozen_forget, scale, forget_noise) -> None:
+def _check_forget_target(
+    direction: Tensor | None,
+    coefficient: Tensor | float | None,
+    frozen_forget: Tensor | None,
+    scale: float | None,
+    forget_noise: float,
+) -> None:
     if direction is None:
         if coefficient is not None or scale is not None:
             raise ValueError("direction is None, but coefficient or scale, which multiply it, are given")

@@ -1,6 +1,7 @@
 """Launches of the Triton kernels on the terms of a loss. No call here waits for the GPU."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ COUNT_SEGMENT = 4096  # tokens that one program counts
 REDUCE_BLOCK = 4096
 
 
-def run(kernel, programs: int, *arguments, **options) -> None:
+def run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     """Every launch passes here, so that `rmu_kernels.aot` compiles what is launched and nothing else."""
     kernel[(programs,)](*arguments, **options)
 
@@ -57,12 +58,14 @@ def row_arguments(
     hidden, hidden_strides = row_view(term.hidden, 1)
     frozen, frozen_strides = (None, (0, 0, 0)) if term.frozen is None else row_view(term.frozen, 1)
     mask, mask_strides = (None, (0, 0)) if term.mask is None else row_view(term.mask, 0)
-    direction_strides = (0, 0)
+    direction_strides: tuple[int, ...] = (0, 0)
     if term.direction is not None:
         direction_strides = term.direction.stride()
         if len(direction_strides) == 1:
             direction_strides = (0, *direction_strides)
-    pointer, pointer_strides, coefficient = None, (0, 0), 0.0
+    pointer: Tensor | None = None
+    pointer_strides: tuple[int, ...] = (0, 0)
+    coefficient = 0.0
     if isinstance(term.coefficient, Tensor):
         pointer = term.coefficient
         if pointer.ndim == term.hidden.ndim - 1:
@@ -70,8 +73,10 @@ def row_arguments(
         elif pointer.ndim == 1:
             pointer_strides = (*pointer.stride(), 0)
     elif term.direction is not None:
-        coefficient = float(term.coefficient if term.scale is None else term.scale)
-    return kernels.RowArguments(
+        factor = term.coefficient if term.scale is None else term.scale
+        assert factor is not None
+        coefficient = float(factor)
+    values = (
         hidden,
         *hidden_strides,
         frozen,
@@ -88,6 +93,7 @@ def row_arguments(
         weight,
         float(term.noise),
     )
+    return kernels.RowArguments._make(values)
 
 
 def term_flags(term: Term) -> kernels.TermFlags:
@@ -110,7 +116,7 @@ def segments(term: Term | None, reduction: str) -> tuple[int, int]:
     return -(-rows // length), length
 
 
-def on_device(tensor: Tensor):
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     if tensor.device.type == "cpu":
         return nullcontext()
@@ -118,6 +124,13 @@ def on_device(tensor: Tensor):
     if tensor.device.index == module.current_device():
         return nullcontext()
     return module.device(tensor.device)
+
+
+def mask_view(term: Term | None) -> tuple[Tensor | None, tuple[int, ...]]:
+    """The mask and its strides, where there is one with tokens."""
+    if term is None or term.mask is None or not term.mask.numel():
+        return None, (0, 0)
+    return row_view(term.mask, 0)
 
 
 def count_tokens(forget: Term, retain: Term | None, reduction: str) -> tuple[Tensor | None, int, int]:
@@ -128,8 +141,11 @@ def count_tokens(forget: Term, retain: Term | None, reduction: str) -> tuple[Ten
     if total == 0:
         return None, 0, 0
     counts = torch.empty(total, dtype=torch.int32, device=forget.hidden.device)
-    forget_mask, forget_strides = (None, (0, 0)) if not forget_segments else row_view(forget.mask, 0)
-    retain_mask, retain_strides = (None, (0, 0)) if not retain_segments else row_view(retain.mask, 0)
+    forget_mask, forget_strides = mask_view(forget)
+    retain_mask, retain_strides = mask_view(retain)
+    retain_rows, retain_length = 0, 1
+    if retain is not None and retain_segments:
+        retain_rows, retain_length = row_count(retain.hidden), row_length(retain.hidden)
     run(
         kernels.count_kernel,
         total,
@@ -141,8 +157,8 @@ def count_tokens(forget: Term, retain: Term | None, reduction: str) -> tuple[Ten
         forget_segment,
         retain_mask,
         retain_strides,
-        row_count(retain.hidden) if retain_segments else 0,
-        row_length(retain.hidden) if retain_segments else 1,
+        retain_rows,
+        retain_length,
         retain_segment,
         counts,
         BLOCK=1024,
@@ -167,13 +183,15 @@ def launch_rows(
     rows = forget_rows + retain_rows
 
     def gradient_of(term: Term | None, is_wanted: bool) -> Tensor | None:
-        return torch.empty(term.hidden.shape, dtype=term.hidden.dtype, device=device) if is_wanted else None
+        if term is None or not is_wanted:
+            return None
+        return torch.empty(term.hidden.shape, dtype=term.hidden.dtype, device=device)
 
     forget_gradient = gradient_of(forget, wanted.forget_gradient)
     retain_gradient = gradient_of(retain, wanted.retain_gradient)
     values = torch.empty(rows, dtype=torch.float32, device=device) if wanted.loss else None
     measured = torch.empty(3 * rows, dtype=torch.float32, device=device) if wanted.metrics else None
-    grad_output_strides = (0, 0)
+    grad_output_strides: tuple[int, ...] = (0, 0)
     if grad_output is not None and grad_output.ndim:
         grad_output, grad_output_strides = row_view(grad_output, 0)
 
@@ -214,7 +232,7 @@ def launch_rows(
                 BLOCK=block,
                 num_warps=warps,
             )
-        if not wanted.loss:
+        if values is None:
             return Rows(None, None, forget_gradient, retain_gradient)
         if reduction == "none":
             return Rows(values.view(hidden.shape[:-1]), None, forget_gradient)
@@ -244,11 +262,13 @@ def launch_rescale(
 ) -> None:
     """Multiply the gradients by grad_output in place; where it is 1 they are neither read nor written."""
     some = forget_gradient if forget_gradient is not None else retain_gradient
+    if some is None:
+        return
     forget_rows = 0 if forget_gradient is None else row_count(forget_gradient)
     rows = forget_rows + (0 if retain_gradient is None else row_count(retain_gradient))
     if rows == 0:
         return
-    strides = (0, 0)
+    strides: tuple[int, ...] = (0, 0)
     if grad_output.ndim:
         grad_output, strides = row_view(grad_output, 0)
     block, warps = block_and_warps(some.shape[-1])

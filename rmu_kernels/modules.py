@@ -1,5 +1,7 @@
 """`rmu_loss` as modules that hold what does not change from step to step."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from rmu_kernels import checks, reference
@@ -8,7 +10,9 @@ from rmu_kernels.functional import RMULossOutput, rmu_loss
 
 
 class _RMULoss(nn.Module):
-    def __init__(self, direction: Tensor, alpha: float, **settings):
+    direction: Tensor
+
+    def __init__(self, direction: Tensor, alpha: float, **settings: Any) -> None:
         super().__init__()
         checks.check_tensor("direction", direction)
         if direction.ndim not in (1, 2):
@@ -42,7 +46,7 @@ class RMULoss(_RMULoss):
         reduction: str = "mean",
         metrics: bool = False,
         backend: str = "auto",
-    ):
+    ) -> None:
         super().__init__(
             direction, alpha, retain_noise=retain_noise, reduction=reduction, metrics=metrics, backend=backend
         )
@@ -90,7 +94,7 @@ class AdaptiveRMULoss(_RMULoss):
         reduction: str = "mean",
         metrics: bool = False,
         backend: str = "auto",
-    ):
+    ) -> None:
         super().__init__(
             direction,
             alpha,

@@ -4,7 +4,8 @@ Eager calls launch the kernels directly. Compilers, exporters and tensor subclas
 """
 
 import sys
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,18 +30,19 @@ class Numbers(NamedTuple):
 
 
 def flatten(forget: Term, retain: Term | None) -> tuple[list[Tensor | None], Numbers]:
-    coefficient_is_tensor = isinstance(forget.coefficient, Tensor)
     tensors = [
         forget.hidden,
         forget.frozen,
         forget.direction,
-        forget.coefficient if coefficient_is_tensor else None,
+        forget.coefficient if isinstance(forget.coefficient, Tensor) else None,
         forget.mask,
         *((None, None, None) if retain is None else (retain.hidden, retain.frozen, retain.mask)),
         forget.seed if isinstance(forget.seed, Tensor) else None,
     ]
     numbers = Numbers(
-        0.0 if coefficient_is_tensor or forget.coefficient is None else float(forget.coefficient),
+        0.0
+        if forget.coefficient is None or isinstance(forget.coefficient, Tensor)
+        else float(forget.coefficient),
         forget.scale,
         forget.keep_frozen,
         forget.relative,
@@ -51,9 +53,12 @@ def flatten(forget: Term, retain: Term | None) -> tuple[list[Tensor | None], Num
     return tensors, numbers
 
 
-def unflatten(tensors: list[Tensor | None], numbers: Numbers) -> tuple[Term, Term | None]:
-    hidden, frozen, direction, coefficient, mask, retain_hidden, retain_frozen, retain_mask, seed = tensors
-    seed = numbers.seed if seed is None else seed
+def unflatten(tensors: Sequence[Tensor | None], numbers: Numbers) -> tuple[Term, Term | None]:
+    hidden, frozen, direction, coefficient, mask, retain_hidden, retain_frozen, retain_mask, seed_tensor = (
+        tensors
+    )
+    assert hidden is not None
+    seed = numbers.seed if seed_tensor is None else seed_tensor
     forget = Term(
         hidden,
         frozen,
@@ -82,7 +87,12 @@ def unflatten(tensors: list[Tensor | None], numbers: Numbers) -> tuple[Term, Ter
 
 
 def run_rows(
-    forget: Term, retain: Term | None, alpha: float, reduction: str, wanted: Wanted, grad_output
+    forget: Term,
+    retain: Term | None,
+    alpha: float,
+    reduction: str,
+    wanted: Wanted,
+    grad_output: Tensor | None,
 ) -> Rows:
     if forget.hidden.device.type == "cpu" and not INTERPRETED:
         # Only an operator in a graph gets here: functional.py sends CPU tensors to the twin itself.
@@ -104,7 +114,7 @@ def run_rows(
         float alpha, str reduction, Tensor? grad_output
     ) -> (Tensor, Tensor, Tensor, Tensor)""",
 )
-def rows_operator(*arguments):
+def rows_operator(*arguments: Any) -> tuple[Tensor, ...]:
     """`run_rows` in the types of operators: 9 tensors, Numbers, Wanted, the rest. None is an empty result."""
     tensors, numbers, wanted = list(arguments[:9]), Numbers(*arguments[9:16]), Wanted(*arguments[16:20])
     alpha, reduction, grad_output = arguments[20:]
@@ -113,7 +123,7 @@ def rows_operator(*arguments):
 
 
 @rows_operator.register_fake
-def _(*arguments):
+def _(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, retain_hidden, reduction = arguments[0], arguments[5], arguments[21]
     wanted = Wanted(*arguments[16:20])
     per_token = reduction == "none"
@@ -129,7 +139,7 @@ def _(*arguments):
 
 
 @torch.library.custom_op("rmu_kernels::token_norm", mutates_args=(), schema="(Tensor hidden) -> Tensor")
-def token_norm_operator(hidden):
+def token_norm_operator(hidden: Tensor) -> Tensor:
     if hidden.device.type == "cpu" and not INTERPRETED:
         return reference.token_norm(hidden)
     from rmu_kernels.launch import launch_token_norm
@@ -138,7 +148,7 @@ def token_norm_operator(hidden):
 
 
 @token_norm_operator.register_fake
-def _(hidden):
+def _(hidden: Tensor) -> Tensor:
     return hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
 
 
@@ -166,7 +176,12 @@ def import_sharding() -> None:
 
 
 def compute(
-    forget: Term, retain: Term | None, alpha: float, reduction: str, wanted: Wanted, grad_output=None
+    forget: Term,
+    retain: Term | None,
+    alpha: float,
+    reduction: str,
+    wanted: Wanted,
+    grad_output: Tensor | None = None,
 ) -> Rows:
     if not needs_operator(forget.hidden):
         return run_rows(forget, retain, alpha, reduction, wanted, grad_output)
@@ -189,7 +204,16 @@ class FusedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, retain_hidden, forget, retain, alpha, reduction, metrics):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        retain_hidden: Tensor | None,
+        forget: Term,
+        retain: Term | None,
+        alpha: float,
+        reduction: str,
+        metrics: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
         wants = ctx.needs_input_grad[:2]
         ctx.set_materialize_grads(False)
         ctx.recompute = torch.float16 in [h.dtype for h in (hidden, retain_hidden) if h is not None]
@@ -207,14 +231,16 @@ class FusedLoss(torch.autograd.Function):
         return rows.loss, rows.parts
 
     @staticmethod
-    def backward(ctx, grad_output, _):
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "the fused RMU loss has no second derivative (create_graph=True); use backend='torch' for one"
             )
         if ctx.recompute:
-            terms = unflatten(list(ctx.saved_tensors), ctx.numbers)
-            gradients = compute(*terms, *ctx.settings, grad_output)[2:]
+            forget, retain = unflatten(list(ctx.saved_tensors), ctx.numbers)
+            alpha, reduction, wanted = ctx.settings
+            rows = compute(forget, retain, alpha, reduction, wanted, grad_output)
+            gradients: Sequence[Tensor | None] = rows.forget_gradient, rows.retain_gradient
         else:
             gradients = ctx.saved_tensors
             if needs_operator(grad_output):
@@ -224,7 +250,8 @@ class FusedLoss(torch.autograd.Function):
                 raise RuntimeError("this loss has been differentiated already: compute it again")
             else:
                 ctx.spent = True
-                rescale(*gradients, grad_output)
+                forget_gradient, retain_gradient = gradients
+                rescale(forget_gradient, retain_gradient, grad_output)
         return *gradients, None, None, None, None, None
 
 
@@ -249,10 +276,13 @@ def fused_loss(
         if retain is not None:
             check_no_transform(retain.hidden, retain.frozen, retain.mask)
     retain_hidden = None if retain is None else retain.hidden
-    wants_gradient = forget.hidden.requires_grad or (retain is not None and retain_hidden.requires_grad)
+    wants_gradient = forget.hidden.requires_grad or (
+        retain_hidden is not None and retain_hidden.requires_grad
+    )
     if torch.is_grad_enabled() and wants_gradient:
         return FusedLoss.apply(forget.hidden, retain_hidden, forget, retain, alpha, reduction, metrics)
     rows = compute(forget, retain, alpha, reduction, Wanted(metrics=metrics))
+    assert rows.loss is not None
     return rows.loss, rows.parts
 
 

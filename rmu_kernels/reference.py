@@ -76,7 +76,7 @@ def token_norm(hidden: Tensor) -> Tensor:
     mutates_args=(),
     schema="(Tensor like, SymInt seed, Tensor? seed_tensor, int stream) -> Tensor",
 )
-def gaussian_noise(like, seed, seed_tensor, stream):
+def gaussian_noise(like: Tensor, seed: int, seed_tensor: Tensor | None, stream: int) -> Tensor:
     """Standard normal values shaped as `like`, the same for the same seed on the same device.
 
     An operator because compilers cannot trace a generator.
@@ -89,7 +89,7 @@ def gaussian_noise(like, seed, seed_tensor, stream):
 
 
 @gaussian_noise.register_fake
-def _(like, seed, seed_tensor, stream):
+def _(like: Tensor, seed: int, seed_tensor: Tensor | None, stream: int) -> Tensor:
     return like.new_empty(like.shape)
 
 
@@ -111,24 +111,30 @@ def token_values(term: Term) -> TokenValues:
         target = torch.zeros_like(hidden)
     else:
         if term.scale is not None:
+            assert squared_norm is not None
             coefficient = term.scale * squared_norm.sqrt()
         elif isinstance(term.coefficient, Tensor):
             given = term.coefficient.to(dtype)
             coefficient = (given[:, None] if 0 < given.ndim < len(tokens) else given).expand(tokens)
         else:
+            assert term.coefficient is not None
             coefficient = torch.full_like(coefficient, term.coefficient)
         coefficient = masked(coefficient[..., None])
         direction = term.direction.to(dtype)
         target = masked(coefficient * (direction if direction.ndim == 1 else direction[:, None, :]))
         coefficient = coefficient[..., 0]
     if term.keep_frozen:
+        assert frozen is not None
         target = target + frozen
     difference = hidden - target
     if term.noise:
         seeds = (0, term.seed) if isinstance(term.seed, Tensor) else (term.seed, None)
         noise = gaussian_noise(hidden.detach(), *seeds, term.stream)
         difference = difference - masked(term.noise * noise)
-    divisor = squared_norm.clamp(min=SMALLEST_SQUARED_NORM) if term.relative else 1.0
+    divisor: Tensor | float = 1.0
+    if term.relative:
+        assert squared_norm is not None
+        divisor = squared_norm.clamp(min=SMALLEST_SQUARED_NORM)
     return TokenValues(hidden, target, difference, coefficient, divisor)
 
 
@@ -207,13 +213,13 @@ def rows(
     if wanted.loss and retain is None:
         loss = term_loss(forget, reduction)
         parts = None if reduction == "none" else torch.stack([loss, torch.zeros_like(loss)])
-    elif wanted.loss:
+    elif wanted.loss and retain is not None:
         loss, parts = rmu_loss(forget, retain, alpha, reduction, wanted.metrics)
-    grad_output = 1.0 if grad_output is None else grad_output
+    factor = 1.0 if grad_output is None else grad_output
     if wanted.forget_gradient:
-        forget_gradient = term_gradient(forget, reduction, grad_output)
-    if wanted.retain_gradient:
-        retain_gradient = term_gradient(retain, reduction, alpha * grad_output)
+        forget_gradient = term_gradient(forget, reduction, factor)
+    if wanted.retain_gradient and retain is not None:
+        retain_gradient = term_gradient(retain, reduction, alpha * factor)
     return Rows(loss, parts, forget_gradient, retain_gradient)
 
 

@@ -1,19 +1,24 @@
 """DTensor: how the operators act on tokens spread over ranks. Importing this registers the rules."""
 
-from torch.distributed.tensor import Partial, Replicate, Shard
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from rmu_kernels.ops import Wanted, rows_operator, token_norm_operator
 
 
 @register_sharding(rows_operator._opoverload)
-def rows_sharding(*arguments):
+def rows_sharding(*arguments: Any) -> list[tuple[list[Placement], list[Placement | None]]]:
     """Sums over tokens split into sums over ranks. Means, noise and metrics need all tokens in one place."""
     tensors, noises, wanted = arguments[:9], arguments[13:15], Wanted(*arguments[16:20])
     reduction, grad_output = arguments[21:]
     is_tensor = [a is not None and hasattr(a, "shape") for a in arguments]
 
-    def strategy(loss, parts, gradient, placements):
+    def strategy(
+        loss: Placement, parts: Placement, gradient: Placement, placements: Callable[[int], Placement]
+    ) -> tuple[list[Placement], list[Placement | None]]:
         outputs = [
             loss if wanted.loss else Replicate(),
             parts if wanted.loss and reduction != "none" else Replicate(),
@@ -35,7 +40,7 @@ def rows_sharding(*arguments):
     }
     for dim in range(token_dimensions):
 
-        def placements(i, dim=dim):
+        def placements(i: int, dim: int = dim) -> Placement:
             if i == 3 and coefficient.ndim == hidden.ndim - 1:
                 return Shard(dim)
             if i in per_sequence:
@@ -48,5 +53,5 @@ def rows_sharding(*arguments):
 
 
 @register_sharding(token_norm_operator._opoverload)
-def token_norm_sharding(hidden):
+def token_norm_sharding(hidden: Any) -> list[tuple[list[Placement], list[Placement]]]:
     return [([p], [p]) for p in (Replicate(), *map(Shard, range(hidden.ndim - 1)))]

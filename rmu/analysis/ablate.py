@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rmu.analysis.questions import Tasks
@@ -60,7 +60,7 @@ def projected_out(model: PreTrainedModel, layer: int, directions: Tensor) -> Ite
         )
     basis = torch.linalg.qr(rows.T).Q.to(model.device)  # [D, K], orthonormal columns
 
-    def project(module, args, output):
+    def project(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         left = (hidden.float() - hidden.float() @ basis @ basis.T).to(hidden.dtype)
         return (left, *output[1:]) if isinstance(output, tuple) else left

@@ -111,7 +111,7 @@ def quantiles(tokens: DataFrame) -> DataFrame:
     grouped = tokens.melt(["model", "side"], QUANTITIES, "quantity").groupby(
         ["model", "side", "quantity"], sort=False
     )["value"]
-    table = grouped.quantile(list(QUANTILES)).unstack().rename(columns=lambda q: f"q{100 * q:02.0f}")
+    table = grouped.quantile(np.array(QUANTILES)).unstack().rename(columns=lambda q: f"q{100 * q:02.0f}")
     table.insert(0, "tokens", grouped.size())
     table.insert(1, "mean", grouped.mean())
     return table.reset_index()

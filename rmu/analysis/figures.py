@@ -86,7 +86,7 @@ def _confidence(tables: Mapping[str, DataFrame], chance: float | None) -> list[D
         ):
             edges = [*group["left"], group["right"].iloc[-1]]
             dash = "-" if side == "forget" else "--"
-            steps.append((f"{model}, {side} text", edges, list(group["share"]), COLOURS[model], dash))
+            steps.append((f"{model}, {side} text", edges, list(group["share"]), COLOURS[str(model)], dash))
         caption = f"Distribution of the {unit}."
         drawings.append(
             Drawing(f"confidence_{quantity}", caption, caption, partial(figures.shares, steps, unit))
@@ -115,9 +115,7 @@ def _alignment(tables: Mapping[str, DataFrame], chance: float | None) -> list[Dr
                             _DASHES[i % 4],
                         )
                     )
-            caption = (
-                f"{names[method]}: {label} after unlearning, against the target's length in natural norms."
-            )
+            caption = f"{names[str(method)]}: {label} after unlearning, against the target's length in natural norms."
             ends = "; ".join(f"{name} {y[0]:.2f} to {y[-1]:.2f}" for name, _, y, *_ in lines)
             draw = partial(figures.series, lines, "target length / median natural norm", label, log_x=True)
             drawings.append(Drawing(f"alignment_{method}_{column}", f"{caption} {ends}.", caption, draw))
@@ -127,8 +125,8 @@ def _alignment(tables: Mapping[str, DataFrame], chance: float | None) -> list[Dr
         part = norms[norms["side"] == "forget"]
         for statistic, colour in (("median", "before"), ("mean", "after")):
             for rows, dash in (("without sinks", "-"), ("with sinks", "--")):
-                group = part[part["rows"] == rows].groupby("layer")[statistic].mean()
-                lines.append((f"{statistic} {rows}", list(group.index), list(group), None, colour, dash))
+                means = part[part["rows"] == rows].groupby("layer")[statistic].mean()
+                lines.append((f"{statistic} {rows}", list(means.index), list(means), None, colour, dash))
         caption = "Natural norms of the original model's hidden states on forget text, layer by layer."
         draw = partial(figures.series, lines, "decoder layer", "||h||")
         drawings.append(Drawing("natural_norms", caption, caption, draw))

@@ -183,8 +183,8 @@ def _lens(tables: Mapping[str, DataFrame]) -> list[Finding]:
     for reader, group in found.groupby("reader", sort=False):
         base, unlearned = (group[group["model"] == model] for model in ("base", "unlearned"))
         goal = f"a {reader} reads less from the unlearned model"
-        at = base.loc[base["accuracy"].idxmax(), "layer"]
-        other = unlearned.loc[unlearned["accuracy"].idxmax(), "layer"]
+        at = base["layer"][base["accuracy"].idxmax()]
+        other = unlearned["layer"][unlearned["accuracy"].idxmax()]
         best = [score(base, layer=at), score(unlearned, layer=other)]
         text = (
             f"At its best layer the {reader} answers {score_text(best[0])}% of the forget questions from the base "

@@ -79,7 +79,8 @@ def _read(path: Path, argument: str) -> dict[str, Any]:
 
 
 def _cost(found: dict[str, Any]) -> tuple[list[Finding], list[list[str]]]:
-    findings, rows = [], []
+    findings: list[Finding] = []
+    rows: list[list[str]] = []
     run = found["run"]
     if run:
         memory = run["peak_memory_bytes"] / 2**30

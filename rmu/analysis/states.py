@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def layer_outputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dic
     for layer in layers:
         check_layer(layer, len(modules))
 
-        def keep(module, args, output, layer=layer):
+        def keep(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
             states[layer] = hidden_state(output).detach()
 
         handles.append(modules[layer].register_forward_hook(keep))

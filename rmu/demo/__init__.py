@@ -18,7 +18,7 @@ def read_data(name: str) -> list[dict]:
 
 def evaluation_inputs() -> dict:
     """The arguments of `rmu.evaluation.evaluate` in the demo; every text is held out from training."""
-    glosses = {"forget": [], "retain": []}
+    glosses: dict[str, list[str]] = {"forget": [], "retain": []}
     for question in read_data("questions"):
         glosses[question["side"]].append(f"{question['word']}: {question['gloss']}.")
     size = min(map(len, glosses.values()))

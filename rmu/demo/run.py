@@ -119,8 +119,8 @@ def _measure(folder: Path, inputs: dict[str, Any]) -> tuple[dict[str, Any], list
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    output = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=pad)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    output = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=pad)  # type: ignore[operator]  # a causal model's
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def main(argv: Sequence[str]) -> None:

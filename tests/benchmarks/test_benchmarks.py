@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    agreement,
     bench_adaptive_cost,
     bench_kernels,
     bench_scaling,
@@ -25,7 +26,7 @@ from benchmarks import (
 )
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/performance.md", "docs/kernels.md")
+PAGES = ("README.md", "docs/performance.md", "docs/kernels.md", "docs/compat.md")
 SCRIPTS = {
     "kernels": bench_kernels,
     "step": bench_step,
@@ -87,6 +88,16 @@ def test_sweep(measured):
     assert (released["provider"], ours["provider"]) == ("released", "ours")
     assert ours["same_losses"] == "True" and float(ours["loss_difference"]) < 1e-4
     assert len(set(ours["losses"].split())) == 4
+
+
+def test_agreement(tmp_path):
+    assert agreement.main(["--toy", "--results", str(tmp_path)]) == 0
+    for row in read(tmp_path, "agreement"):
+        assert float(row["change_cosine"]) > 0.9
+        if row["variant"] == "fp32":
+            assert float(row["loss_difference"]) < 1e-5 and float(row["tensor_difference"]) < 1e-5
+        assert row["equal"] == str(row["variant"] == "bf16") or row["variant"] == "fp32"
+    assert "bf16, loss in fp32" in plot.plot_kernels.agreement_table(tables.Results(tmp_path))
 
 
 def test_scaling(measured):

@@ -20,8 +20,10 @@ class Parsed(BaseException):
 
 def lines():
     for page in PAGES:
-        for block in re.findall(r"```(?:bash|console|sh)?\n(.*?)```", page.read_text(), re.DOTALL):
-            if not block.startswith(("rmu ", "$ rmu ", "#")):
+        for language, block in re.findall(
+            r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+        ):
+            if language not in ("", "bash", "console", "sh") or not block.startswith(("rmu ", "$ rmu ", "#")):
                 continue  # what a command prints
             for line in re.sub(r"\\\n\s*", " ", block).splitlines():
                 if line.startswith(("rmu ", "$ rmu ")) and "..." not in line:

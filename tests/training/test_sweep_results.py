@@ -156,25 +156,26 @@ def test_a_run_is_described():
     assert text == "adaptive token relative layer 5 scale 5 alpha 150 retain_noise 0.1 seed 0"
 
 
-def test_the_section_on_layers_counts_the_layers_that_work(tmp_path, monkeypatch):
+def test_the_section_on_layers_counts_the_layers_that_forget(tmp_path, monkeypatch):
     from benchmarks import sweeps
 
+    rmu = dict(method="rmu", coefficient=6.5, scale=None, scope=None)
+    rows = [row(f, 0.75, layer=3 + i) for i, f in enumerate((0.2, 0.3, 0.33, 0.35, 0.3, 0.3))]
+    rows += [row(0.2, 0.7, layer=3, **rmu), row(0.5, 0.8, layer=7, **rmu), row(0.6, 0.8, layer=8, **rmu)]
     path = write(
         tmp_path / "layers.csv",
-        [{**r, "revision": "abc", "date": "2026-01-01T00:00:00", "fixed": '{"max_steps": 60}'} for r in ROWS],
+        [{**r, "revision": "abc", "date": "2026-01-01T00:00:00", "fixed": '{"max_steps": 60}'} for r in rows],
     )
     (tmp_path / "paper.md").write_text("before\n<!-- layers -->\nold\n<!-- /layers -->\nafter\n")
     argv = ["sweeps.py", "layers", "--draw", "--results", str(path), "--figures", str(tmp_path)]
     monkeypatch.setattr("sys.argv", argv)
     sweeps.main()
     page = (tmp_path / "paper.md").read_text()
-    # Forget accuracy of at most (0.25 + 0.6) / 2 and retain accuracy of at least 0.75.
+    # At most a quarter of 0.6 - 0.25 is left up to 0.3375.
     assert "| | layers 3 to 4 | layers 5 to 6 | layers 7 to 8 |" in page
-    assert "| Adaptive RMU, token, beta 5 | 1 of 2 | 2 of 2 | 1 of 2 |" in page
-    assert "| RMU, c 6.5 | 0 of 2 | 0 of 2 | 0 of 2 |" in page
     assert (
-        "The claim holds here" in page
-        and "RMU with its best c works at 0 layers" in page
-        and "\nold\n" not in page
+        "beta 5 | 2 of 2 (forget 25.0, retain 75.0 %) | 1 of 2 (forget 34.0, retain 75.0 %) | 2 of 2" in page
     )
+    assert "| RMU, c 6.5 | 1 of 1 (forget 20.0, retain 70.0 %) | not run | 0 of 2 (forget 55.0" in page
+    assert "The claim holds here" in page and "forgets at 0 layers of 2" in page and "\nold\n" not in page
     assert (tmp_path / "layers_heat_map.png").is_file()
