@@ -18,6 +18,8 @@ from rmu.packing import pack_rows
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from rmu.config import UnlearningArguments
+
 _READERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _MOST_NESTED = (
@@ -99,6 +101,33 @@ def load_corpus(
     if len(rows) == 0:
         raise ValueError(f"{argument}: {source} is empty (no text of at least {least} characters)")
     return rows
+
+
+def load_corpora(arguments: UnlearningArguments) -> tuple[list[Dataset], list[Dataset]]:
+    """The forget and the retain corpora that ``arguments`` name.
+
+    Raises:
+        ValueError: as :func:`load_corpus`, or ``raw_lines`` names no forget corpus.
+    """
+    for index in arguments.raw_lines:
+        if not 0 <= index < len(arguments.forget):
+            raise ValueError(
+                f"raw_lines: got {index}, expected 0 to {len(arguments.forget) - 1}, a forget corpus"
+            )
+
+    def corpora(name: str) -> list[Dataset]:
+        return [
+            load_corpus(
+                source,
+                field=arguments.text_field,
+                min_length=arguments.min_length,
+                raw_lines=name == "forget" and i in arguments.raw_lines,
+                argument=f"{name}[{i}]",
+            )
+            for i, source in enumerate(getattr(arguments, name))
+        ]
+
+    return corpora("forget"), corpora("retain")
 
 
 def _access_advice(name: str, error: BaseException) -> str | None:

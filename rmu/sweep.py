@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from rmu.checkpoint import local_folder, weight_files
 from rmu.config import AUTO, RMUConfig, UnlearningArguments
-from rmu.data import check_tokenizer, load_corpus, load_tokenizer
+from rmu.data import check_tokenizer, load_corpora, load_corpus, load_tokenizer
 from rmu.sweep_evaluation import Measured, SweepEvaluator
 from rmu.sweep_results import SWEPT, Results, describe_run
 from rmu.sweep_states import FrozenPasses, RecordedWindow, StateStore
@@ -157,6 +157,13 @@ class Sweep:
         self.tokenizer = tokenizer
         self.forget, self.retain, self.runs = forget, retain, list(runs)
         self.configs = {run: self._config(config, run, str(folder)) for run in runs}
+        for run, args in self.configs.items():
+            for name, value in run.settings().items():
+                if getattr(args, name) not in (value, [value]):
+                    raise ValueError(
+                        f"{name}: got {value!r} for method {run.method}, but compat {args.compat} needs "
+                        f"{getattr(args, name)!r}"
+                    )
         by_layer = {run.layer: self.configs[run] for run in runs}
         # Also finds out what no window can be built with.
         states = {state for args in by_layer.values() for state in self._window(args).states}
@@ -237,15 +244,7 @@ def run_sweep(
     folder = local_folder(arguments.model)
     weights = weight_files(folder)
     tokenizer = load_tokenizer(folder, arguments.trust_remote_code)
-    corpora = {
-        name: [
-            load_corpus(
-                source, field=arguments.text_field, min_length=arguments.min_length, argument=f"{name}[{i}]"
-            )
-            for i, source in enumerate(getattr(arguments, name))
-        ]
-        for name in ("forget", "retain")
-    }
+    forget, retain = load_corpora(arguments)
     prose = prose_texts(sweep)
     model = AutoModelForCausalLM.from_pretrained(
         folder, **load_arguments(config, arguments.trust_remote_code)
@@ -256,13 +255,22 @@ def run_sweep(
     fixed = fixed_settings(arguments, config, sweep)
     contents = {
         "weights": [_sample(folder / file) for file in weights],
-        "texts": _digest([corpora["forget"], corpora["retain"]]),
+        "texts": _digest([forget, retain]),
         "prose": _digest([[prose]]),
     }
     store = StateStore(int(1e9 * config.cache_size), config.cache_dir)
     try:
         with tempfile.TemporaryDirectory(prefix="rmu-sweep-") as empty:
-            shared = Sweep(model, tokenizer, config, **corpora, runs=runs, store=store, folder=empty)
+            shared = Sweep(
+                model,
+                tokenizer,
+                config,
+                forget=forget,
+                retain=retain,
+                runs=runs,
+                store=store,
+                folder=empty,
+            )
             results = Results(Path(sweep.results), fixed, contents)
             todo = [run for run in runs if not results.has(run.settings())]
             for line in results.news:
@@ -346,6 +354,8 @@ def check_arguments(arguments: UnlearningArguments) -> None:
     for name in ("evaluate_every", "stop_forget_accuracy", "stop_retain_drop", "stop_plateau"):
         if getattr(arguments, name):
             raise ValueError(f"{name}: a sweep measures each run once, at its end")
+    if arguments.allow_pickle:
+        raise ValueError("allow_pickle: a sweep reads safetensors weights only")
 
 
 def _check_fixed(config: RMUConfig) -> None:
@@ -355,6 +365,10 @@ def _check_fixed(config: RMUConfig) -> None:
         raise ValueError(f"a sweep runs in one process, got {config.world_size}")
     if config.resume_from_checkpoint:
         raise ValueError("resume_from_checkpoint: a sweep goes on by itself where its results file ends")
+    if config.embeddings_on_cpu:
+        raise ValueError("embeddings_on_cpu: got true, but a sweep needs the whole model on the device")
+    if config.push_to_hub:
+        raise ValueError("push_to_hub: got true, but a sweep keeps no model")
 
 
 def prose_texts(sweep: SweepArguments) -> list[str]:

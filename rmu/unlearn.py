@@ -20,7 +20,7 @@ from rmu.checkpoint import (
 )
 from rmu.compat import released_settings
 from rmu.config import RMUConfig, UnlearningArguments
-from rmu.data import load_corpus
+from rmu.data import load_corpora
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
 from rmu.lora import ADAPTER_FILE
 from rmu.plan import plan_run, short
@@ -47,25 +47,7 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
     if not (arguments.allow_pickle and has_only_pickles(folder)):
         stored_tensors(folder)
 
-    for index in arguments.raw_lines:
-        if not 0 <= index < len(arguments.forget):
-            raise ValueError(
-                f"raw_lines: got {index}, expected 0 to {len(arguments.forget) - 1}, a forget corpus"
-            )
-
-    def corpora(name: str) -> list:
-        return [
-            load_corpus(
-                source,
-                field=arguments.text_field,
-                min_length=arguments.min_length,
-                raw_lines=name == "forget" and i in arguments.raw_lines,
-                argument=f"{name}[{i}]",
-            )
-            for i, source in enumerate(getattr(arguments, name))
-        ]
-
-    forget, retain = corpora("forget"), corpora("retain")
+    forget, retain = load_corpora(arguments)
     with contextlib.ExitStack() as stack:
         if not output.exists():
             # Trainer makes the folder at once; after an error it is empty and goes.

@@ -298,6 +298,9 @@ def test_runs_are_the_product_without_what_means_nothing():
         (dict(methods=["nothing"]), {}, "method: got 'nothing'"),
         (dict(), dict(lora_rank=4), "lora_rank: got 4"),
         (dict(), dict(trained_parameters="nothing"), "matches nothing"),
+        (dict(), dict(embeddings_on_cpu=True), "embeddings_on_cpu: got true"),
+        (dict(), dict(push_to_hub=True), "push_to_hub: got true"),
+        (dict(methods=["adaptive"]), dict(compat="released", method="rmu"), "scope: got 'token' .* released"),
     ],
 )
 def test_bad_settings_are_found_before_anything_runs(place, tmp_path, monkeypatch, sweep, config, message):
@@ -313,6 +316,8 @@ def test_arguments_of_a_single_run_are_refused(place, tmp_path):
     for changes, message in (
         (dict(forget_tasks=[]), "forget_tasks: got none"),
         (dict(stop_plateau=3), "stop_plateau: a sweep"),
+        (dict(allow_pickle=True), "allow_pickle: a sweep"),
+        (dict(raw_lines=[1]), "raw_lines: got 1, expected 0 to 0"),
     ):
         with pytest.raises(ValueError, match=message):
             run_sweep(given(place, **changes), RMUConfig(**SETTINGS), wanted(place, tmp_path / "s.csv"))
