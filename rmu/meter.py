@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from rmu.recording import replaced_forward
 from rmu.window import LayerWindow
 from rmu_kernels import rmu_loss
 
@@ -119,6 +120,14 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _with_fused_attention(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _FusedAttention():
+            return forward(*args, **kwargs)
+
+    return run
+
+
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
@@ -154,13 +163,18 @@ class StepCost:
 
     Attributes:
         peak: bytes at most, gradients included.
-        recorded: bytes that the frozen passes left.
+        recorded_forget, recorded_retain, recorded: bytes that the frozen passes left, of each side and together.
         flops: operations of one micro-batch.
     """
 
     peak: int
-    recorded: int
+    recorded_forget: int
+    recorded_retain: int
     flops: int
+
+    @property
+    def recorded(self) -> int:
+        return self.recorded_forget + self.recorded_retain
 
 
 def measure_step(
@@ -182,7 +196,10 @@ def measure_step(
         frozen_forget: the coefficient needs the frozen model's states on forget text.
         fused_loss: the loss is the fused kernel, which keeps its gradients and nothing else; or the PyTorch twin.
     """
-    with Meter() as meter:
+    # A mode is off in the backward pass, where checkpointing runs the layers again.
+    rerun = window._window if window.checkpointing else []
+    forwards = [(layer, _with_fused_attention(layer.forward)) for layer in rerun]
+    with replaced_forward(forwards), Meter() as meter:
         for _ in range(2 if accumulate else 1):
             before = meter.flops
             hidden, gradients, recorded = _forward(
@@ -190,7 +207,7 @@ def measure_step(
             )
             torch.autograd.backward(hidden, gradients)
             del hidden, gradients
-    return StepCost(meter.peak, recorded, meter.flops - before)
+    return StepCost(meter.peak, *recorded, meter.flops - before)
 
 
 def _forward(
@@ -201,17 +218,16 @@ def _forward(
     meter: Meter,
     fused_loss: bool,
     frozen_forget: bool,
-) -> tuple[list[Tensor], list[Tensor] | None, int]:
-    """The tensors to differentiate, their gradients (of a loss: None), and the bytes that the frozen passes left."""
-    before = meter.live
+) -> tuple[list[Tensor], list[Tensor] | None, tuple[int, int]]:
+    """The tensors to differentiate, their gradients (of a loss: None), and the bytes that each side's frozen pass left."""
     masks = [
         torch.ones(rows, length, dtype=torch.long, device="meta") for length in (forget_length, retain_length)
     ]
-    frozen = [
-        window.frozen(torch.zeros_like(mask), mask, hidden=hidden)
-        for mask, hidden in zip(masks, (frozen_forget, True), strict=True)
-    ]
-    recorded = meter.live - before
+    live, frozen = [meter.live], []
+    for mask, wanted in zip(masks, (frozen_forget, True), strict=True):
+        frozen.append(window.frozen(torch.zeros_like(mask), mask, hidden=wanted))
+        live.append(meter.live)
+    recorded = live[1] - live[0], live[2] - live[1]
     forget, retain = window(*frozen)
     if fused_loss:
         hidden = [forget, retain]

@@ -122,6 +122,11 @@ def plan_run(
     released = [_released_flops(whole, base, rows, length, retain_length) for length in lengths]
 
     window = make_window(base.requires_grad_(False), args)  # LoRA changes the base
+    # As Trainer and RMUTrainer do; the setting has had two names.
+    if any(getattr(args, f"{name}_checkpointing", False) for name in ("gradient", "activation")):
+        window.activation_checkpointing_enable()
+    if args.torch_compile:
+        window.keeps_outputs = False
     trained = _size(window.trained)
     wanted = SteeringCoefficient(args.method, [1.0], args.scope, args.statistic).wants(args.relative)
     costs = {
@@ -137,17 +142,23 @@ def plan_run(
         for length in sorted(set(lengths))
     }
     largest = costs[max(lengths)]
+    # RMUTrainer holds on to the retain passes of a step for the next topic, and to the forget passes of a step of one coefficient.
+    held = largest.recorded_retain if topics > 1 else 0
+    if args.method == "adaptive" and args.scope in ("batch", "first_batch"):
+        held += largest.recorded_forget
+    held *= args.gradient_accumulation_steps - 1
     state, update = _optimizer_bytes(args, list(window.trained))
     peak = (
         weights
         + (0 if host_embeddings else embeddings)
         + trained
         + state
-        + max(largest.peak, trained + update)
+        + max(largest.peak + held, trained + update)
     )
     loading = weights + embeddings
     if from_headers and abs(read - loading) > 0.01 * loading:
         loading += read  # stored in another dtype: files are mapped into memory beside what is made of them
+    cache = int(args.cache_size * 1e9) if args.cache == "memory" else 0
     return Plan(
         layer=layer,
         layers=layers,
@@ -165,11 +176,11 @@ def plan_run(
         embeddings=embeddings,
         trained=trained,
         optimizer=state,
-        recorded=largest.recorded,
+        recorded=largest.recorded + held,
         gradients=trained,
         activations=max(0, largest.peak - largest.recorded - trained),
-        device_peak=max(peak, loading) if on_cpu else peak,
-        host=max(peak, loading) if on_cpu else loading,
+        device_peak=max(peak + cache, loading) if on_cpu else peak,
+        host=max(peak + cache, loading) if on_cpu else max(cache, loading),
         host_embeddings=host_embeddings,
         flops=sum(costs[length].flops for length in lengths) / topics,
         released_flops=sum(released) / topics,

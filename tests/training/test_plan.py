@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.plan_memory import GPU_CASES, compare
@@ -59,6 +60,47 @@ def test_a_70b_model_fits_24_gb():
     settings = config(per_device_train_batch_size=4, embeddings_on_cpu=True)
     on_host = plan_run(CONFIGS / "llama-3-70b.json", settings, on_cpu=False)
     assert on_host.host_embeddings and on_host.device_peak < 24e9
+
+
+def test_settings_that_save_or_take_memory_are_in_the_plan(tmp_path):
+    AutoConfig.for_model("llama", **ARCHITECTURES["llama"]).save_pretrained(tmp_path)
+
+    def plan(**settings):
+        lengths = dict(layer=3, forget_max_length=[64], retain_max_length=64)
+        return plan_run(tmp_path, config(**lengths, **settings), on_cpu=False)
+
+    plain = plan()
+    checkpointing = plan(gradient_checkpointing=True)
+    assert checkpointing.activations < plain.activations and checkpointing.recorded < plain.recorded
+    assert checkpointing.flops > plain.flops
+    cached = plan(cache="memory", cache_size=3.0)
+    assert cached.host >= 3e9 > plain.host and cached.device_peak == plain.device_peak
+
+
+def test_the_plan_counts_the_passes_that_accumulation_holds_on_to(tmp_path):
+    """Retain passes for the next topic; with full rows they are as large as planned."""
+    base = tiny_folder(tmp_path / "base")
+    texts = random_texts(1, number=16, words=(40, 50))
+    lengths = dict(layer=3, forget_max_length=[32], retain_max_length=32, max_steps=2)
+
+    def settings(parts, **more):
+        return config(**lengths, per_device_train_batch_size=2, gradient_accumulation_steps=parts, **more)
+
+    one, four = (plan_run(base, settings(parts), topics=2, on_cpu=False) for parts in (1, 4))
+    args = settings(4, disable_tqdm=True)
+    args.output_dir = str(tmp_path / "out")
+    trainer = RMUTrainer(str(base), args, forget=[texts, texts], retain=[texts])
+    trainer.train()
+    passes = list(trainer.frozen._recent.values())
+    assert len(passes) == 4 and trainer.frozen.found == 4
+    tensors = [t for p in passes for t in tree_leaves([p.entry, p.hidden, p.outputs, p.arguments])]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if torch.is_tensor(t)}
+    held = sum(storage.nbytes() for storage in storages.values())
+    assert (four.recorded - one.recorded) * 4 / 3 == pytest.approx(held, rel=0.1)
+    assert four.device_peak > one.device_peak
+    assert plan_run(base, settings(4), on_cpu=False).recorded == one.recorded
+    batch = plan_run(base, settings(4, scope="batch"), on_cpu=False)
+    assert batch.recorded > one.recorded
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
