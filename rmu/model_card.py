@@ -10,9 +10,15 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 _SHOWN = (
-    "method layer coefficient scale alpha scope statistic max_steps per_device_train_batch_size learning_rate "
-    "lr_scheduler_type seed forget_max_length retain_max_length exclude_padding exclude_sink direction_distribution"
+    "method compat layer coefficient scale alpha scope statistic relative retain_noise max_steps per_device_train_batch_size "
+    "gradient_accumulation_steps learning_rate lr_scheduler_type seed forget_max_length retain_max_length exclude_padding "
+    "exclude_sink padding_free shuffle repeat_batches direction_distribution"
 ).split()
+_METHODS = {
+    "rmu": "RMU (arXiv 2403.03218)",
+    "adaptive": "Adaptive RMU (arXiv 2408.06223)",
+    "rsv": "RMU towards random steering vectors (arXiv 2501.19202)",
+}
 _LAST = "forget_loss retain_loss forget_cosine retain_cosine coefficient_mean".split()
 
 
@@ -33,16 +39,13 @@ def model_card(record: dict[str, Any], base_folder: Path | None) -> str:
             original = ModelCard.load(path, ignore_metadata_errors=True).data
             data.license, data.language = original.license, original.language
     settings, history = record["settings"], record["history"]
-    unused = {"coefficient"} if settings["method"] == "adaptive" else {"scale", "scope", "statistic"}
+    method = settings["method"]
+    unused = {"coefficient"} if method == "adaptive" else {"scale", "scope", "statistic"}
+    unused |= {"direction_distribution"} if method == "rsv" else set()
     lines = [
         f"# {Path(record['base']).name}, unlearned",
         "",
-        f"`{record['base']}` after {record['steps']} steps of "
-        + (
-            "Adaptive RMU (arXiv 2408.06223)"
-            if settings["method"] == "adaptive"
-            else "RMU (arXiv 2403.03218)"
-        )
+        f"`{record['base']}` after {record['steps']} steps of {_METHODS[method]}"
         + (
             f". A LoRA adapter of rank {rank}, to be loaded on that model with PEFT; its tensors:"
             if rank
@@ -53,7 +56,11 @@ def model_card(record: dict[str, Any], base_folder: Path | None) -> str:
         "",
         "| setting | value |",
         "|---|---|",
-        *(f"| {name} | {_text(settings[name])} |" for name in _SHOWN if name not in unused),
+        *(
+            f"| {name} | {_text(settings[name])} |"
+            for name in _SHOWN
+            if name in settings and name not in unused
+        ),
     ]
     if history:
         first, last = history[0], history[-1]
@@ -65,8 +72,8 @@ def model_card(record: dict[str, Any], base_folder: Path | None) -> str:
         lines += [f"| {name} | {first[name]:.4g} | {last[name]:.4g} |" for name in _LAST if name in last]
     lines += [
         "",
-        "RMU hides knowledge, it does not erase it: fine-tuning on a few examples brings much of it back. Everything needed to "
-        "repeat the run is in `rmu_run.json` and `rmu_directions.safetensors`.",
+        "RMU hides knowledge, it does not erase it: fine-tuning on a few examples brings much of it back. What is needed "
+        "to repeat the run, but for the texts, is in `rmu_run.json` and `rmu_directions.safetensors`.",
         "",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)

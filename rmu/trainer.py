@@ -159,7 +159,7 @@ class RMUTrainer(ResumableTrainer):
         if self.stored is not None and self.base_folder and not isinstance(model, str | Path):
             self._edited = edited_tensors(
                 self.base_folder,
-                ((prefix + name, tensor) for name, tensor in self.window.model.named_parameters()),
+                self.window.stored_names(),
                 prefix,
             )
             if self._edited:
@@ -420,6 +420,9 @@ class RMUTrainer(ResumableTrainer):
             return
         self._check_trained()
         self._together(lambda: self._write_result(folder), main_only=True)
+        # The other processes do not wait for an upload, which can outlast their timeout.
+        if self.args.push_to_hub:
+            self.push_to_hub(folder=folder)
 
     def _check_trained(self) -> None:
         if not all(torch.isfinite(tensor).all() for _, tensor in self.window.trained_tensors()):
@@ -446,8 +449,6 @@ class RMUTrainer(ResumableTrainer):
             if self._edited:
                 raise ValueError(f"{self._edit_message()}; save it with save_pretrained and give that folder")
             save_unlearned(self.base_folder, folder, self.window.trained_tensors(), self.stored, extra_files)
-        if self.args.push_to_hub:
-            self.push_to_hub(folder=folder)
 
     def push_to_hub(  # type: ignore[override]  # with a folder
         self, commit_message: str | None = None, *, folder: str | Path | None = None, **kwargs: Any
@@ -489,7 +490,7 @@ class RMUTrainer(ResumableTrainer):
         return base_fingerprint(self.base_folder, (self.stored or {}).values())
 
     def run_record(self) -> dict[str, Any]:
-        """What is needed to audit and repeat the run."""
+        """What is needed to audit and repeat the run, apart from the texts."""
         steps = [entry for entry in self.state.log_history if "loss" in entry]
         evaluations = [entry for entry in self.state.log_history if "eval_forget_accuracy" in entry]
         revision = (
@@ -505,6 +506,8 @@ class RMUTrainer(ResumableTrainer):
             "calibration": self.calibration,
             "trained_tensors": self.window.trained_names,
             "topics": len(self.alphas),
+            "processes": self.args.world_size,
+            "rows_a_step": self.train_dataset.rows,
             "passes_over_forget_corpora": self.train_dataset.passes(),
             "first_batch_coefficients": self.coefficient.state(),
             "steps": self.state.global_step,

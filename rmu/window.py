@@ -306,6 +306,19 @@ class LayerWindow(nn.Module):
             if id(tensor) not in left_out:
                 yield name, tensor
 
+    def stored_names(self) -> Iterator[tuple[str, Tensor]]:
+        """``(name, tensor)`` of every parameter of the wrapped model and of every part of one (:mod:`rmu.blocks`), by its name in
+        the whole causal model's checkpoint."""
+        prefix = self.model.base_model_prefix + "."
+        tensors = {prefix + name: tensor for name, tensor in self.model.named_parameters()}
+        for name, module in self.model.named_modules():
+            if isinstance(module, HostEmbedding):
+                held = module.embedding.named_parameters()
+                tensors |= {f"{prefix}{name}.{inner}": tensor for inner, tensor in held}
+        blocks = all_blocks(self.config.get_text_config().model_type, tensors)
+        for name, block in blocks.items():
+            yield name, part(tensors[block.tensor], block.index)
+
     def original(self) -> AbstractContextManager[None]:
         """Within the block the wrapped model has its original weights; here it always has."""
         return nullcontext()

@@ -151,6 +151,17 @@ def test_a_model_edited_in_memory_is_not_saved_as_its_folder(tmp_path):
         running.save_model(str(tmp_path / "saved"))
 
 
+@pytest.mark.parametrize(("architecture", "name"), [("mixtral", "experts.0.w2"), ("llama", "embed_tokens")])
+def test_an_edit_is_found_in_stacked_experts_and_in_embeddings_on_the_cpu(tmp_path, architecture, name):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder(tmp_path / "base", architecture))
+    experts = architecture == "mixtral"
+    with torch.no_grad():
+        edited = model.model.layers[0].mlp.experts.down_proj if experts else model.model.embed_tokens.weight
+        edited.mul_(1.01)
+    with pytest.warns(UserWarning, match=f"{name}.weight is not as in"):
+        trainer(model, tmp_path / "out", embeddings_on_cpu=not experts)
+
+
 TENSOR = 16 << 20  # bytes of each of the three replaced ones
 SHARD = 12 * TENSOR
 

@@ -35,6 +35,17 @@ def test_card(tmp_path):
     assert "`model.layers.1.mlp.down_proj.weight`" in card.text
 
 
+@pytest.mark.parametrize(
+    ("method", "paper"), [("rmu", "2403.03218"), ("adaptive", "2408.06223"), ("rsv", "2501.19202")]
+)
+def test_the_card_names_the_method_of_the_run(tmp_path, method, paper):
+    text = model_card(
+        {**RECORD, "settings": {**RECORD["settings"], "method": method, "relative": True}}, tmp_path
+    )
+    assert f"arXiv {paper}" in text and "| relative | True |" in text
+    assert ("| direction_distribution |" in text) == (method != "rsv")
+
+
 @pytest.mark.parametrize("text", [b"---\ntitle: a: b: c\n---\n", b"---\n- a\n---\n", b"\xff\xfe"])
 def test_a_card_that_cannot_be_read_costs_nothing(tmp_path, text):
     (tmp_path / "README.md").write_bytes(text)
