@@ -1,7 +1,7 @@
 """Peak memory of real runs on random weights against ``rmu plan``: ``python benchmarks/plan_memory.py [--gpu]``.
 
 Each case writes a checkpoint of a many-layer Llama whose layers above the hooked one are holes in the file, trains a few steps on
-it in a process of its own and compares: on the CPU the growth of resident memory (``ru_maxrss``, against a process that has
+it in a process of its own and compares: on the CPU the growth of resident memory (at its peak, against a process that has
 trained a tiny model), on a GPU ``torch.cuda.max_memory_allocated``. It writes ``benchmarks/results/plan_memory_{cpu,gpu}.csv``.
 """
 
@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from rmu import RMUConfig, RMUTrainer
-from rmu.environment import device_name
+from rmu.environment import device_name, peak_memory_bytes
 from rmu.plan import plan_run
 
 LAYER, LAYERS = 7, 40
@@ -130,7 +130,7 @@ def measure(folder: Path, settings: dict[str, Any], use_cpu: bool) -> int:
     gc.collect()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     train(folder, settings, use_cpu)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return peak_memory_bytes(torch.device("cpu")) - before
 
 
 def compare(name: str, use_cpu: bool) -> dict[str, Any]:

@@ -31,7 +31,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory so far: allocated on a CUDA device, resident in this process otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB, macOS in bytes.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Unlike ru_maxrss, the high-water mark does not begin at the size of the process that started this one.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    # macOS counts in bytes.
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

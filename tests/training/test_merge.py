@@ -166,20 +166,21 @@ TENSOR = 16 << 20  # bytes of each of the three replaced ones
 SHARD = 12 * TENSOR
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
+from rmu.environment import peak_memory_bytes
 from rmu.merge import merge
 from rmu.difference import compare
 from tests.training.test_merge import tiny_memory_case
 merge(*tiny_memory_case(Path(sys.argv[1]) / "small", 1 << 10))
 compare(Path(sys.argv[1]) / "small" / "base", Path(sys.argv[1]) / "small" / "merged")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory_bytes(torch.device("cpu"))
 base, delta, output = (Path(sys.argv[1]) / name for name in ("base", "checkpoint-1", "merged"))
 merge(base, delta, output)
-between = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+between = peak_memory_bytes(torch.device("cpu"))
 compare(base, output)
-print(between - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(between - before, peak_memory_bytes(torch.device("cpu")) - before)
 """
 
 
