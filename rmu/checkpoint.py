@@ -307,6 +307,7 @@ def save_unlearned(
                 shutil.copyfile(path, staging / path.name)
         for name, tensor in tensors:
             _replace_bytes(staging / entries[name].file, tensor, entries[name])
+            del tensor
         for name, content in extra_files.items():
             (staging / name).write_bytes(content)
         # Last: until all is there, the folder loads as no model.

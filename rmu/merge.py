@@ -56,9 +56,10 @@ def merge(base: str | Path, delta: str | Path, output: str | Path) -> list[str]:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in trained:
             tensor = read_tensor(path, name)
-            if not torch.isfinite(tensor).all():
+            if not all(torch.isfinite(bound) for bound in tensor.aminmax()):  # without a copy of the tensor
                 raise ValueError(f"delta: {name} in {path} is not finite")
             yield name, tensor
+            del tensor  # before the next is read
 
     save_unlearned(folder, output, tensors(), entries, extra_files)
     return sorted(trained)

@@ -223,7 +223,7 @@ def test_memory_is_that_of_a_tensor_not_of_a_shard(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr
-    merging, comparing = (1024 * int(size) for size in run.stdout.split())
+    merging, comparing = map(int, run.stdout.split())
     assert sum((merged / name).stat().st_size for name in weight_files(merged)) > 2 * SHARD
     assert merging < 3 * TENSOR, f"{merging / TENSOR:.1f} tensors"
-    assert comparing < 6 * TENSOR, f"{comparing / TENSOR:.1f} tensors"
+    assert comparing < 10 * TENSOR, f"{comparing / TENSOR:.1f} tensors"
