@@ -11,18 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rmu.cache import batch_digest
-from rmu.recording import FrozenPass, decoder_layers, hidden_state
+from rmu.recording import Arguments, FrozenPass, decoder_layers, frozen_passes
 from rmu.window import LayerWindow
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class _Leave(Exception):
-    """Raised by a hook to leave the forward pass."""
 
 
 class StateStore:
@@ -100,7 +94,7 @@ class RecordedPass(NamedTuple):
     """The key of a pass's states in the store, and the arguments of each layer's call."""
 
     key: str
-    calls: dict[int, Call]
+    calls: dict[int, Arguments]
 
 
 class FrozenPasses:
@@ -110,7 +104,7 @@ class FrozenPasses:
 
     Args:
         model: the whole causal model or its base model; it must have its original weights whenever a pass is asked for.
-        states: which states to keep, from 0 to the number of layers.
+        states: which states to keep, at least two, from 0 to the number of layers.
         store: where they are kept.
     """
 
@@ -144,51 +138,17 @@ class FrozenPasses:
             self._recorded[key] = RecordedPass(key, calls)
         return self._recorded[key]
 
-    @torch.no_grad()
     def _run(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-    ) -> tuple[dict[str, Tensor], dict[int, Call]]:
-        states: dict[str, Tensor] = {}
-        calls: dict[int, Call] = {}
-        last = self.states[-1]
-
-        def enter(index: int) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if args:
-                    hidden, args = args[0], args[1:]
-                else:
-                    kwargs = dict(kwargs)
-                    hidden = kwargs.pop("hidden_states")
-                if index in self.states:
-                    states[str(index)] = hidden
-                calls[index] = (args, kwargs)
-                if index == last:
-                    raise _Leave
-
-            return hook
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            states[str(last)] = hidden_state(output)
-            raise _Leave
-
-        layers = list(self.layers)
-        handles = [
-            layer.register_forward_pre_hook(enter(i), with_kwargs=True)
-            for i, layer in enumerate(layers)
-            if self.states[0] <= i <= last
-        ]
-        if last == len(layers):
-            handles.append(layers[-1].register_forward_hook(leave))
+    ) -> tuple[dict[str, Tensor], dict[int, Arguments]]:
+        *inputs, top = self.states
+        windows = [(first, top - 1) for first in inputs]
         self.passes_run += 1
-        try:
-            positions = {} if position_ids is None else {"position_ids": position_ids}
-            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
-        except _Leave:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return states, calls
+        passes = frozen_passes(self.model, self.layers, windows, input_ids, attention_mask, position_ids)
+        states = {str(first): recorded.entry for first, recorded in zip(inputs, passes, strict=True)}
+        longest = passes[0]
+        assert longest.hidden is not None
+        return states | {str(top): longest.hidden}, dict(enumerate(longest.arguments, inputs[0]))
 
 
 class RecordedWindow(LayerWindow):
