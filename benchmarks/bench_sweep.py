@@ -20,8 +20,8 @@ import torch
 from benchmarks import results
 from benchmarks.bench_step import LOSS_TOLERANCE
 from benchmarks.models import SHAPES, Shape, corpora, random_model, word_tokenizer
-from benchmarks.released_loop import LoopSettings, released_loop
-from benchmarks.runs import ALPHA, LEARNING_RATE, SEED, make_config, run_apart, trained_layers
+from benchmarks.released_loop import released_loop
+from benchmarks.runs import make_config, released_settings, run_apart
 from benchmarks.timing import synchronize
 from rmu.sweep import Sweep, SweepArguments, sweep_runs
 from rmu.sweep_states import StateStore
@@ -80,18 +80,7 @@ def separate_runs(
         for coefficient in coefficients:
             trained.load_state_dict(frozen.state_dict())
             trained.zero_grad(set_to_none=True)
-            settings = LoopSettings(
-                layer=layer,
-                trained_layers=trained_layers(shape.at(layer)),
-                coefficients=[coefficient] * len(forget),
-                alphas=[ALPHA] * len(forget),
-                learning_rate=LEARNING_RATE,
-                steps=steps,
-                rows=shape.rows,
-                forget_lengths=shape.forget_tokens,
-                retain_length=shape.retain_tokens,
-                seed=SEED,
-            )
+            settings = released_settings(shape.at(layer), steps, coefficient=coefficient)
             synchronize(device)
             started = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):

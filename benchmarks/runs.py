@@ -50,19 +50,16 @@ def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
             raise RuntimeError("the process died: out of memory?") from error
 
 
-def released(
-    shape: Shape, method: str, steps: int, device: str, dtype: torch.dtype, verbose: bool, truncated: bool
-) -> Run:
-    """The released loop; ``truncated``: on models without what lies above the hooked layer, language-model head included."""
-    depth = shape.hooked + 1 if truncated else None
-    trained, frozen = (random_model(shape, device, dtype, depth) for _ in range(2))
-    forget, retain = corpora(shape, steps)
-    topics = len(forget)
-    settings = LoopSettings(
+def released_settings(
+    shape: Shape, steps: int, method: str = "rmu", coefficient: float = 6.5, verbose: bool = False
+) -> LoopSettings:
+    """The released loop's settings for a shape."""
+    topics = len(shape.forget_tokens)
+    return LoopSettings(
         method=method,
         layer=shape.hooked,
         trained_layers=trained_layers(shape),
-        coefficients=[6.5] * topics,
+        coefficients=[coefficient] * topics,
         alphas=[ALPHA] * topics,
         learning_rate=LEARNING_RATE,
         steps=steps,
@@ -72,6 +69,16 @@ def released(
         seed=SEED,
         verbose=verbose,
     )
+
+
+def released(
+    shape: Shape, method: str, steps: int, device: str, dtype: torch.dtype, verbose: bool, truncated: bool
+) -> Run:
+    """The released loop; ``truncated``: on models without what lies above the hooked layer, language-model head included."""
+    depth = shape.hooked + 1 if truncated else None
+    trained, frozen = (random_model(shape, device, dtype, depth) for _ in range(2))
+    forget, retain = corpora(shape, steps)
+    settings = released_settings(shape, steps, method, verbose=verbose)
     with contextlib.redirect_stdout(io.StringIO()):
         record = released_loop(trained, frozen, word_tokenizer(shape.vocabulary), forget, retain, settings)
     return Run(record.seconds, record.loss, peak_memory_bytes(torch.device(device)))

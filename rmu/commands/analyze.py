@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 
-from rmu.analysis.output import check_not_written, compare
+from rmu.analysis.output import check_not_written
 from rmu.commands import pair
 from rmu.commands.parser import Parser
 from rmu.config import RMUConfig
@@ -49,9 +49,8 @@ def _confidence(arguments: argparse.Namespace) -> None:
     from rmu.analysis.confidence import confidence, histograms, quantiles
 
     started, texts = time.perf_counter(), pair.texts(arguments)
-    tokens = compare(
-        arguments.base,
-        arguments.unlearned,
+    tokens = pair.measured(
+        arguments,
         lambda model, tokenizer: confidence(
             model,
             tokenizer,
@@ -60,8 +59,6 @@ def _confidence(arguments: argparse.Namespace) -> None:
             batch_size=arguments.batch_size,
             chunk=arguments.chunk,
         ),
-        dtype=arguments.dtype,
-        trust_remote_code=arguments.trust_remote_code,
     )
     table = quantiles(tokens)
     tables = {"confidence": table, "confidence_histogram": histograms(tokens)}

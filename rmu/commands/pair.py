@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rmu.analysis.output import write_analysis
+from rmu.analysis.output import compare, write_analysis
 from rmu.analysis.questions import Tasks, demo_templates, read_questions, read_templates
 from rmu.config import DTYPES
 from rmu.data import load_corpus
 from rmu.demo import TASKS, TASKS_PATH, evaluation_inputs, read_data
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 CHANCE = 0.25  # of the demo's questions, with four choices
 
@@ -113,6 +116,17 @@ def questions(
     else:
         templates = dict(defaults or demo_templates())
     return rows, templates, sum(1 / len(row["choices"]) for row in rows) / len(rows)
+
+
+def measured(arguments: argparse.Namespace, measure: Callable[..., DataFrame]) -> DataFrame:
+    """``measure(model, tokenizer)`` of both models that the flags name: see :func:`rmu.analysis.output.compare`."""
+    return compare(
+        arguments.base,
+        arguments.unlearned,
+        measure,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
 
 
 def finish(

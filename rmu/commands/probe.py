@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rmu.analysis.figures import CONDITIONS, summary
-from rmu.analysis.output import check_not_written, compare
+from rmu.analysis.output import check_not_written
 from rmu.analysis.questions import ask, first
 from rmu.commands import pair
 from rmu.commands.parser import Parser
@@ -81,16 +81,6 @@ def main(argv: Sequence[str]) -> None:
     arguments.run(arguments)
 
 
-def _compare(arguments: argparse.Namespace, measure: Callable[..., Any]) -> Any:
-    return compare(
-        arguments.base,
-        arguments.unlearned,
-        measure,
-        dtype=arguments.dtype,
-        trust_remote_code=arguments.trust_remote_code,
-    )
-
-
 def _finish(
     analysis: str,
     table: Any,
@@ -108,7 +98,7 @@ def _gcg(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     rows, templates, _ = pair.questions(arguments)
     asked = ask(first(rows, "forget", arguments.limit), next(iter(templates.values())))
-    table = _compare(
+    table = pair.measured(
         arguments,
         lambda model, tokenizer: gcg(
             model,
@@ -136,7 +126,7 @@ def _relearn(arguments: argparse.Namespace) -> None:
         else pair.demo_texts(default)
         for name, default in defaults.items()
     }
-    table = _compare(
+    table = pair.measured(
         arguments,
         lambda model, tokenizer: relearn(
             model,
@@ -214,7 +204,7 @@ def _mixed(arguments: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     rows, templates, chance = pair.questions(arguments)
-    table = _compare(
+    table = pair.measured(
         arguments,
         lambda model, tokenizer: mixed(
             model,
@@ -236,7 +226,7 @@ def _lens(arguments: argparse.Namespace) -> None:
     rows, templates, chance = pair.questions(arguments)
     chosen = [question for side in ("forget", "retain") for question in first(rows, side, arguments.limit)]
     asked = ask(chosen, next(iter(templates.values())))
-    table = _compare(
+    table = pair.measured(
         arguments,
         lambda model, tokenizer: lens(
             model, tokenizer, asked, layers=arguments.layers, batch_size=arguments.batch_size
@@ -250,7 +240,7 @@ def _rephrase(arguments: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     rows, templates, chance = pair.questions(arguments, TEMPLATES)
-    table = _compare(
+    table = pair.measured(
         arguments,
         lambda model, tokenizer: rephrase(
             model, tokenizer, rows, templates, limit=arguments.limit, batch_size=arguments.batch_size
