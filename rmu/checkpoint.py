@@ -20,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rmu.errors import first_line
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
@@ -77,7 +79,7 @@ def _local_folder(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"model: {str(model)!r} is neither a folder nor a hub id that can be reached ({reason})"
         ) from error

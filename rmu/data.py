@@ -1,173 +1,19 @@
-"""Corpora, the order in which a run reads them, and the batches it makes of them."""
+"""The order in which a run reads its corpora, and the batches it makes of them."""
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rmu.cache import batch_digest
+from rmu.errors import first_line
 from rmu.packing import pack_rows
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from rmu.config import UnlearningArguments
-
-_READERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_MOST_NESTED = (
-    500  # brackets within brackets; at some tens of thousands the JSON readers overflow the stack and crash
-)
-_JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-
-
-def load_corpus(
-    source: str,
-    *,
-    field: str = "text",
-    min_length: int = 0,
-    raw_lines: bool = False,
-    argument: str = "corpus",
-) -> Dataset:
-    """A corpus as a ``datasets.Dataset`` with one column ``text``, blank rows left out.
-
-    Args:
-        source: a json, jsonl, txt (a line a sample) or parquet file, compressed or not, or a hub id
-            ``name[:configuration[:split]]`` (split ``train`` unless given).
-        field: the column that holds the text.
-        min_length: rows with fewer characters are left out.
-        raw_lines: take the lines of a local file as they are, unparsed and with their line ends.
-        argument: the argument's name in error messages.
-
-    Raises:
-        ValueError: no such file or data set, unreadable, access not granted, no such field, or nothing left.
-    """
-    # Here, so that a trainer that is given its texts runs without the library.
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    path = Path(source)
-    suffixes = [s for s in path.suffixes if s not in _COMPRESSED]
-    reader = _READERS.get(suffixes[-1]) if suffixes else None
-    try:
-        if path.is_file() and path.stat().st_size == 0:
-            raise ValueError(f"{argument}: {source} is empty")
-        if raw_lines and (not path.is_file() or reader == "parquet"):
-            raise ValueError(
-                f"{argument}: {source} has no lines to be read raw, expected a local text or jsonl file"
-            )
-        if raw_lines:
-            reader = "text"
-            rows = load_dataset(reader, data_files=str(path), split="train", keep_linebreaks=True)
-        elif path.is_file() and reader:
-            if reader == "json":
-                _check_json(path, argument)
-            rows = load_dataset(reader, data_files=str(path), split="train")
-        elif path.is_file():
-            raise ValueError(f"{argument}: {source} is none of {', '.join(_READERS)} (optionally compressed)")
-        elif reader or path.is_absolute() or source.count("/") > 1 or source.startswith("."):
-            raise ValueError(f"{argument}: no such file: {source}")
-        else:
-            name, configuration, split = [*source.split(":", 2), None, None][:3]
-            rows = load_dataset(name, configuration, split=split or "train")
-    except (DatasetGenerationError, OSError, ConnectionError, EOFError) as error:
-        reason = _access_advice(source.split(":")[0], error) or _first_line(error.__cause__ or error)
-        raise ValueError(f"{argument}: {source} cannot be read: {reason}") from error
-    column = "text" if reader == "text" else field
-    if column not in rows.column_names:
-        raise ValueError(
-            f"{argument}: {source} has no field {column!r}; its fields are {', '.join(rows.column_names)}"
-        )
-    rows = rows.select_columns([column])
-    if column != "text":
-        rows = rows.rename_column(column, "text")
-    kind = getattr(rows.features["text"], "dtype", type(rows.features["text"]).__name__)
-    if kind not in ("string", "large_string", "null"):
-        raise ValueError(f"{argument}: {source} field {column!r} holds {kind}, expected text")
-    least = max(1, min_length)
-    rows = rows.filter(
-        lambda texts: [isinstance(t, str) and len(t.strip()) >= least for t in texts],
-        input_columns="text",
-        batched=True,
-    )
-    if len(rows) == 0:
-        raise ValueError(f"{argument}: {source} is empty (no text of at least {least} characters)")
-    return rows
-
-
-def load_corpora(arguments: UnlearningArguments) -> tuple[list[Dataset], list[Dataset]]:
-    """The forget and the retain corpora that ``arguments`` name.
-
-    Raises:
-        ValueError: as :func:`load_corpus`, or ``raw_lines`` names no forget corpus.
-    """
-    for index in arguments.raw_lines:
-        if not 0 <= index < len(arguments.forget):
-            raise ValueError(
-                f"raw_lines: got {index}, expected 0 to {len(arguments.forget) - 1}, a forget corpus"
-            )
-
-    def corpora(name: str) -> list[Dataset]:
-        return [
-            load_corpus(
-                source,
-                field=arguments.text_field,
-                min_length=arguments.min_length,
-                raw_lines=name == "forget" and i in arguments.raw_lines,
-                argument=f"{name}[{i}]",
-            )
-            for i, source in enumerate(getattr(arguments, name))
-        ]
-
-    return corpora("forget"), corpora("retain")
-
-
-def _access_advice(name: str, error: BaseException) -> str | None:
-    """What to do about a data set that the hub has but does not give out, or says it does not have; else None."""
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import GatedRepoError
-
-    step: BaseException | None = error
-    while step is not None:
-        refused = getattr(getattr(step, "response", None), "status_code", None) in (401, 403)
-        if refused or isinstance(step, (GatedRepoError, DatasetNotFoundError)):
-            text = str(step)
-            known = refused or isinstance(step, GatedRepoError) or "gated" in text
-            return (
-                ("access is not granted" if known else _first_line(step))
-                + ("; " if known else "; if it is gated or private, ")
-                + f"accept its terms on https://huggingface.co/datasets/{name} and log in with `hf auth login`"
-            )
-        step = step.__cause__ or step.__context__
-    return None
-
-
-def _check_json(path: Path, argument: str) -> None:
-    """Refuse what pyarrow's reader (26.0 and before) crashes on: null in place of an object, and very deep nesting."""
-    from fsspec import open as open_any
-
-    depth = 0
-    with open_any(str(path), "rb", compression="infer") as stream:
-        for line in stream:
-            if depth == 0 and line.lstrip().startswith(b"null"):
-                raise ValueError(f"{argument}: {path} holds null where an object is expected")
-            for bracket in _JSON_STRING.sub(b"", line).translate(None, _NO_BRACKETS):
-                depth = depth + 1 if bracket in b"[{" else max(0, depth - 1)
-                if depth > _MOST_NESTED:
-                    raise ValueError(f"{argument}: {path} is JSON nested more than {_MOST_NESTED} deep")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 class UnlearningSchedule(torch.utils.data.Dataset):
@@ -385,7 +231,7 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         # The last two are what versions of transformers raise where there are no tokenizer files.
-        raise ValueError(f"tokenizer: {folder} has none that can be read: {_first_line(error)}") from error
+        raise ValueError(f"tokenizer: {folder} has none that can be read: {first_line(error)}") from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:

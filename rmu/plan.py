@@ -19,6 +19,7 @@ from rmu.calibrate import propose_layer
 from rmu.checkpoint import INDEX_FILE, SINGLE_FILE, stored_tensors
 from rmu.coefficient import SteeringCoefficient
 from rmu.config import AUTO, RMUConfig
+from rmu.errors import first_line
 from rmu.meter import Meter, backward_flops, forward_flops, measure_step
 from rmu.trainer import RMUTrainer, make_window
 from rmu.window import check_layer, decoder_layers, truncate_config
@@ -199,7 +200,7 @@ def read_config(model: str | Path, trust_remote_code: bool = False) -> Pretraine
         if not (isinstance(layers, int) and 0 < layers <= _MOST_LAYERS):
             raise ValueError(f"num_hidden_layers: got {layers}, expected 1 to {_MOST_LAYERS}")
     except Exception as error:  # of whatever kind a config's own code meets with
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"model: {str(model)!r} has no config that can be read ({reason})") from error
     return config
 
@@ -220,7 +221,7 @@ def _on_meta(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
             ).eval()
     except Exception as error:  # of whatever kind a model's own code meets with
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"model: its config makes no {auto_class.__name__} ({reason})") from error
 
 

@@ -20,7 +20,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from rmu.checkpoint import local_folder, weight_files
 from rmu.config import AUTO, RMUConfig, UnlearningArguments
-from rmu.data import check_tokenizer, load_corpora, load_corpus, load_tokenizer
+from rmu.corpora import load_corpora, load_corpus
+from rmu.data import check_tokenizer, load_tokenizer
 from rmu.sweep_evaluation import Measured, SweepEvaluator
 from rmu.sweep_results import SWEPT, Results, describe_run
 from rmu.sweep_states import FrozenPasses, RecordedWindow, StateStore

@@ -144,7 +144,9 @@ class FrozenPasses:
         *inputs, top = self.states
         windows = [(first, top - 1) for first in inputs]
         self.passes_run += 1
-        passes = frozen_passes(self.model, self.layers, windows, input_ids, attention_mask, position_ids)
+        passes = frozen_passes(
+            self.model, list(self.layers), windows, input_ids, attention_mask, position_ids
+        )
         states = {str(first): recorded.entry for first, recorded in zip(inputs, passes, strict=True)}
         longest = passes[0]
         assert longest.hidden is not None

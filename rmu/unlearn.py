@@ -20,8 +20,9 @@ from rmu.checkpoint import (
 )
 from rmu.compat import released_settings
 from rmu.config import RMUConfig, UnlearningArguments
-from rmu.data import load_corpora
+from rmu.corpora import load_corpora
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
+from rmu.errors import first_line
 from rmu.lora import ADAPTER_FILE
 from rmu.plan import plan_run, short
 from rmu.resume import STAGING
@@ -165,7 +166,7 @@ def plan_lines(base: str, arguments: UnlearningArguments, config: RMUConfig) -> 
             )
         )
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
-        return f"no plan: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        return f"no plan: {first_line(error)}"
 
 
 def describe(trainer: RMUTrainer) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rmu.calibrate import calibrate, table, write_calibration
 from rmu.commands.parser import Parser
 from rmu.config import DTYPES
-from rmu.data import load_corpus
+from rmu.corpora import load_corpus
 
 
 def main(argv: Sequence[str]) -> None:

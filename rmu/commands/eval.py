@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rmu.commands.parser import Parser
-from rmu.data import load_corpus
+from rmu.corpora import load_corpus
 from rmu.demo import evaluation_inputs
 from rmu.evaluation import evaluate_tasks, load_model, perplexity
 from rmu.verdict import pool

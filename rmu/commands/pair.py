@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rmu.analysis.output import compare, write_analysis
 from rmu.analysis.questions import Tasks, demo_templates, read_questions, read_templates
 from rmu.config import DTYPES
-from rmu.data import load_corpus
+from rmu.corpora import load_corpus
 from rmu.demo import TASKS, TASKS_PATH, evaluation_inputs, read_data
 
 if TYPE_CHECKING:

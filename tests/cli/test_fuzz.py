@@ -23,7 +23,7 @@ from rmu.arguments import _COMMON
 from rmu.checkpoint import stored_tensors, weight_files
 from rmu.cli import main
 from rmu.config import RMUConfig, UnlearningArguments
-from rmu.data import load_corpus
+from rmu.corpora import load_corpus
 from rmu.settings import parse_unlearn
 from tests.tiny import tiny_folder
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer, load_corpus
+from rmu.corpora import load_corpus
+from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer
 from tests.tiny import VOCABULARY, word_tokenizer, write_jsonl
 
 

@@ -15,7 +15,7 @@ from rmu import sweep as sweep_module
 from rmu.cli import main
 from rmu.commands.sweep import parse_sweep
 from rmu.config import UnlearningArguments
-from rmu.data import load_corpus
+from rmu.corpora import load_corpus
 from rmu.demo import DATA, TASKS_PATH, VALIDATION_TASKS
 from rmu.evaluation import evaluate_tasks, perplexity
 from rmu.recording import decoder_layers
