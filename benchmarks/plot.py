@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         demo = plot_demo.latest(pd.read_csv(chosen.results / "demo.csv"))
         replace_between(root / "README.md", "demo", plot_demo.demo_table(demo))
         plot_demo.demo_figure(demo, root / "docs" / "demo.png")
+    if (chosen.results / "demo_layer_17.csv").is_file():
+        other = plot_demo.latest(pd.read_csv(chosen.results / "demo_layer_17.csv"))
+        replace_between(root / "docs" / "demo.md", "layer 17", plot_demo.demo_table(other))
     results = Results(chosen.results)
     for name, text in {
         **plot_kernels.blocks(results),

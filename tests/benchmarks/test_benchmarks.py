@@ -26,7 +26,7 @@ from benchmarks import (
 )
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/performance.md", "docs/kernels.md", "docs/compat.md")
+PAGES = ("README.md", "docs/performance.md", "docs/kernels.md", "docs/compat.md", "docs/demo.md")
 SCRIPTS = {
     "kernels": bench_kernels,
     "step": bench_step,
