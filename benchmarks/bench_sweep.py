@@ -12,6 +12,7 @@ import io
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.toy:
         shape, layers, coefficients, steps = SHAPES["toy"], [1, 2], [2.0, 6.5], 2
     elif device == "cpu":
-        shape, layers, coefficients, steps = SHAPES["SmolLM2-135M"], [7, 15], [2.0, 6.5, 20.0], 4
-        shape = Shape(**{**vars(shape), "forget_tokens": (64,), "retain_tokens": 64, "rows": 2})
+        shape, layers, coefficients, steps = SHAPES["SmolLM2-135M"], [7, 15, 23], [6.5, 20.0], 20
+        shape = replace(shape, forget_tokens=(128,), retain_tokens=128)
     else:
         shape, layers, coefficients, steps = SHAPES["Zephyr-7B"], [3, 7, 15, 23, 31], [2.0, 6.5, 20.0], 4
     dtype = torch.float32 if options.toy else torch.bfloat16

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import LogLocator
 
 from benchmarks.bench_step import PHASES
 from benchmarks.tables import (
@@ -129,12 +130,15 @@ def scaling_figures(results: Results, docs: Path) -> str:
             figsize=(2.6 * len(present_curves), 2.6),
             layout="constrained",
             squeeze=False,
+            sharey=True,  # so that steepness compares
         )
         for axis, curve in zip(axes[0], present_curves, strict=True):
             points = rows[rows.curve == curve].sort_values("size")
             slope, _ = fitted_slope(points["size"], points.seconds)
             axis.loglog(points["size"], 1000 * points.seconds, "o-", color="#4477AA")
             axis.set_xticks(points["size"], [str(s) for s in points["size"]], fontsize=7)
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.minorticks_off()
             axis.set_xlabel(CURVES[curve], fontsize=8)
             axis.set_title(f"slope {slope:.2f}", fontsize=8)
