@@ -112,7 +112,7 @@ def weight_files(folder: Path) -> list[str]:
     if any((folder / name).exists() for name in _PICKLES):
         raise ValueError(
             f"model: {folder} has pickle weights only ({_PICKLES[0]}), which can run code when they are read; "
-            "use a folder with safetensors weights, or allow it with --allow_pickle"
+            "use a folder with safetensors weights; rmu unlearn and rmu eval read them with --allow_pickle"
         )
     raise ValueError(f"model: {folder} has no safetensors weights ({SINGLE_FILE} or {INDEX_FILE})")
 

@@ -248,10 +248,16 @@ class RMUConfig(TrainingArguments):
             raise ValueError(f"weight_decay: got {self.weight_decay}, but {optimizer.NAME} has none")
         if self.layer != AUTO and (isinstance(self.layer, str) or self.layer < 0):
             raise ValueError(f"layer: got {self.layer!r}, expected 0 or more, or auto")
+        if self.directions and self.direction_distribution != DISTRIBUTIONS[0]:
+            raise ValueError(
+                f"direction_distribution: got {self.direction_distribution}, but directions {self.directions} holds them"
+            )
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank: got {self.lora_rank}, expected 0 or more")
         if self.lora_alpha is None:
             self.lora_alpha = float(self.lora_rank)
+        elif self.lora_alpha and not self.lora_rank:
+            raise ValueError(f"lora_alpha: got {self.lora_alpha} without lora_rank, there are no adapters")
         elif self.lora_rank and not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
             raise ValueError(f"lora_alpha: got {self.lora_alpha}, expected a finite number above 0")
         if self.quantization != "none" and not self.lora_rank:

@@ -20,8 +20,9 @@ from rmu.checkpoint import INDEX_FILE, SINGLE_FILE, stored_tensors
 from rmu.coefficient import SteeringCoefficient
 from rmu.config import AUTO, RMUConfig
 from rmu.errors import first_line
+from rmu.loading import make_window
 from rmu.meter import Meter, backward_flops, forward_flops, measure_step
-from rmu.trainer import RMUTrainer, make_window
+from rmu.trainer import RMUTrainer
 from rmu.window import check_layer, decoder_layers, truncate_config
 
 _MOST_LAYERS = 10_000  # of a sound config; building more, even without weights, would take for ever

@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -22,10 +21,11 @@ from rmu.checkpoint import local_folder, weight_files
 from rmu.config import AUTO, RMUConfig, UnlearningArguments
 from rmu.corpora import load_corpora, load_corpus
 from rmu.data import check_tokenizer, load_tokenizer
+from rmu.loading import load_arguments, window_settings
 from rmu.sweep_evaluation import Measured, SweepEvaluator
 from rmu.sweep_results import SWEPT, Results, describe_run
 from rmu.sweep_states import FrozenPasses, RecordedWindow, StateStore
-from rmu.trainer import NonFiniteLossError, RMUTrainer, load_arguments
+from rmu.trainer import NonFiniteLossError, RMUTrainer
 
 FIRST_LAYER = 3  # of the paper's layer sweep
 
@@ -184,15 +184,7 @@ class Sweep:
         )
 
     def _window(self, args: RMUConfig, passes: FrozenPasses | None = None) -> RecordedWindow:
-        dtype = None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype)
-        return RecordedWindow(
-            self.model,
-            int(args.layer),
-            passes=passes,
-            trained_layers=args.trained_layers,
-            trained_parameters=args.trained_parameters,
-            parameter_dtype=dtype,
-        )
+        return RecordedWindow(self.model, int(args.layer), passes=passes, **window_settings(args))
 
     def train(self, run: SweepRun) -> RMUTrainer:
         """Train as ``rmu unlearn`` with the run's settings does; the trained tensors are in the trainer's window."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from rmu import compat
 from rmu.auto import find_layer, find_target
@@ -30,7 +30,8 @@ from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer, lo
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
 from rmu.directions import directions_to_bytes, draw_directions, read_directions
 from rmu.environment import environment
-from rmu.lora import LoRAWindow, quantization_config
+from rmu.loading import make_window
+from rmu.lora import LoRAWindow
 from rmu.model_card import model_card
 from rmu.optimizer import NAME as ADAMW_RMU
 from rmu.optimizer import AdamWRMU
@@ -548,13 +549,19 @@ class RMUTrainer(ResumableTrainer):
             raise ValueError(
                 f"resume_from_checkpoint: {folder} is of steps of {state['rows']} rows, these have {self.train_dataset.rows}"
             )
-        # The rows of a step may be split in another way.
+        # The rows of a step may be split in another way, and kept passes are exact.
         settings = json.loads(json.dumps(self.args.method_settings()))
-        split = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        same = (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "cache",
+            "cache_size",
+            "cache_dir",
+        )
         changed = [
             name
             for name, value in settings.items()
-            if name not in split and value != state["record"]["settings"].get(name)
+            if name not in same and value != state["record"]["settings"].get(name)
         ]
         if changed:
             warnings.warn(f"resuming {folder} with another {', '.join(changed)}", stacklevel=2)
@@ -568,40 +575,6 @@ class RMUTrainer(ResumableTrainer):
         self.directions = self.directions.to(self.args.device)
 
 
-def make_window(
-    model: Path | PreTrainedModel, args: RMUConfig, trust_remote_code: bool = False
-) -> LayerWindow:
-    """The window that the settings ask for, on a model folder or on a model in memory."""
-    settings: dict[str, Any] = {
-        "trained_layers": args.trained_layers,
-        "trained_parameters": args.trained_parameters,
-        "parameter_dtype": None if args.parameter_dtype == "auto" else getattr(torch, args.parameter_dtype),
-        "embeddings_on_cpu": args.embeddings_on_cpu,
-    }
-    window: type[LayerWindow] = LayerWindow
-    if args.lora_rank:
-        window = LoRAWindow
-        settings |= {"rank": args.lora_rank, "alpha": args.lora_alpha}
-        # Adapters are drawn at random, and Trainer seeds only after this.
-        set_seed(args.seed)
-    if isinstance(model, PreTrainedModel):
-        return window(model, int(args.layer), **settings)
-    return window.from_pretrained(
-        str(model), int(args.layer), **load_arguments(args, trust_remote_code), **settings
-    )
-
-
 def noise_seed(seed: int, row: int) -> int:
     """The seed of a batch's noise: of the run's seed and the batch's first row, so that a resumed run draws the same."""
     return int(np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def load_arguments(args: RMUConfig, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The arguments of ``from_pretrained`` for the base model that the settings ask for."""
-    arguments: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": trust_remote_code}
-    if args.attn_implementation:
-        arguments["attn_implementation"] = args.attn_implementation
-    if args.quantization != "none":
-        arguments["quantization_config"] = quantization_config(args.quantization, args.device)
-        arguments["device_map"] = {"": args.device}
-    return arguments

@@ -23,10 +23,11 @@ from rmu.config import RMUConfig, UnlearningArguments
 from rmu.corpora import load_corpora
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
 from rmu.errors import first_line
+from rmu.loading import load_arguments
 from rmu.lora import ADAPTER_FILE
 from rmu.plan import plan_run, short
 from rmu.resume import STAGING
-from rmu.trainer import RUN_FILE, RMUTrainer, load_arguments
+from rmu.trainer import RUN_FILE, RMUTrainer
 
 
 def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:

@@ -135,6 +135,10 @@ def test_a_resumed_run_repeats_the_noise(tmp_path, settings):
         ({"relative": True, "scope": "batch"}, "relative: got true with method adaptive and scope batch"),
         ({"retain_noise": -0.1}, "retain_noise: got -0.1"),
         ({"method": "rsv", "coefficient": [0.0]}, "coefficient: got 0, expected more than 0"),
+        (
+            {"directions": "d.safetensors", "direction_distribution": "gaussian"},
+            "direction_distribution: got gaussian, but directions d.safetensors holds them",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_named(tmp_path, changes, message):

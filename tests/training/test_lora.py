@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from rmu import LayerWindow, RMUConfig, RMUTrainer
 from rmu.cli import main
+from rmu.loading import make_window
 from rmu.lora import LoRAWindow
-from rmu.trainer import make_window
 from tests.tiny import random_texts, skip_unless_loaded, tiny_folder, tiny_model, word_tokenizer, write_jsonl
 
 peft = pytest.importorskip("peft")
@@ -161,8 +161,12 @@ def test_tensors_that_lora_cannot_adapt_are_named():
     [
         ({"lora_rank": -1}, "lora_rank: got -1"),
         ({"lora_alpha": 0.0}, "lora_alpha: got 0.0"),
+        ({"lora_rank": 0, "lora_alpha": 8.0}, "lora_alpha: got 8.0 without lora_rank"),
         ({"quantization": "2bit"}, "quantization: got '2bit', expected one of none, 4bit, 8bit"),
-        ({"lora_rank": 0, "quantization": "4bit"}, "quantization: got 4bit without lora_rank"),
+        (
+            {"lora_rank": 0, "lora_alpha": None, "quantization": "4bit"},
+            "quantization: got 4bit without lora_rank",
+        ),
     ],
     ids=str,
 )
@@ -226,7 +230,6 @@ def test_the_command_writes_an_adapter(tmp_path, capsys):
 
 
 def test_whole_weights_stay_the_default(tmp_path):
-    trainer = RMUTrainer(
-        tiny_folder(tmp_path / "base"), config(tmp_path, lora_rank=0), forget=[TEXTS], retain=[TEXTS]
-    )
+    args = config(tmp_path, lora_rank=0, lora_alpha=None)
+    trainer = RMUTrainer(tiny_folder(tmp_path / "base"), args, forget=[TEXTS], retain=[TEXTS])
     assert type(trainer.window) is LayerWindow and trainer.stored is not None

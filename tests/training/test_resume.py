@@ -289,7 +289,9 @@ def test_a_loss_that_is_not_finite_is_named_and_the_last_checkpoint_kept(place, 
 def test_another_setting_is_told_and_another_batch_refused(place, tmp_path):
     trainer_of(place, tmp_path / "out", max_steps=2).train()
     with pytest.warns(UserWarning, match="with another max_steps, learning_rate"):
-        trainer_of(place, tmp_path / "out", learning_rate=1e-4).train(resume_from_checkpoint=True)
+        trainer_of(place, tmp_path / "out", learning_rate=1e-4, cache="memory").train(
+            resume_from_checkpoint=True
+        )
     halves = trainer_of(place, tmp_path / "out", per_device_train_batch_size=2, gradient_accumulation_steps=2)
     halves.train(resume_from_checkpoint="true")
     with pytest.raises(ValueError, match="of steps of 4 rows, these have 6"):
