@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +31,8 @@ from rmu.recording import FrozenPass
 CHOICES = ("none", "memory", "disk")
 _STATES = ("entry", "hidden", "norms")
 _NO_CHECKSUM = "0" * 64
-_SUFFIX = ".safetensors"
+_SUFFIX, _UNFINISHED = ".safetensors", ".tmp"
+_ABANDONED = 3600.0  # seconds: no file takes that long to write
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +172,7 @@ class DiskStore:
     """Keeps passes as safetensors files, at most ``limit`` bytes of them in ``folder``.
 
     A file is written under another name and renamed, so that processes can share the folder; together they can exceed the bound
-    by one file each. A file that is cut short or damaged counts as absent and is removed. Where a new file does not fit, files of
+    by one file each. A file that is cut short or damaged counts as absent and is removed, as is what a killed process left behind. Where a new file does not fit, files of
     other models go first, the oldest first; those of the same model stay.
 
     Raises:
@@ -184,6 +187,10 @@ class DiskStore:
                 pass
         except OSError as error:
             raise ValueError(f"cache_dir: {folder} cannot be written in: {error.strerror}") from error
+        for left in self.folder.glob(f"*/.*{_UNFINISHED}"):
+            with suppress(OSError):  # another process removed it
+                if left.stat().st_mtime < time.time() - _ABANDONED:
+                    left.unlink()
 
     def get(self, context: str, key: str) -> Packed | None:
         path = self._path(context, key)
@@ -260,13 +267,12 @@ def _decode_file(data: bytes, context: str, key: str) -> Packed | None:
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    unfinished = path.with_name(f".{uuid.uuid4().hex}{_UNFINISHED}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
+        unfinished.write_bytes(data)
+        os.replace(unfinished, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 
 import pytest
 import torch
@@ -309,6 +310,16 @@ def share_a_folder(folder, worker):
         assert found is None or found.tensors["entry"].unique().item() == float(key)
         store.put("model", key, packed_pass(500, fill=float(key)))
         assert store.get("model", key).tensors["entry"].unique().item() == float(key)
+
+
+def test_what_a_killed_process_left_is_removed_and_what_one_is_writing_is_not(tmp_path):
+    (tmp_path / "model").mkdir()
+    left, writing = (tmp_path / "model" / f".{name}.tmp" for name in ("left", "writing"))
+    for path in (left, writing):
+        path.write_bytes(b"half")
+    os.utime(left, (time.time() - 7200,) * 2)
+    DiskStore(tmp_path, 10**6)
+    assert writing.exists() and not left.exists()
 
 
 def test_processes_share_a_folder(tmp_path):

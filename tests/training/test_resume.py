@@ -1,5 +1,6 @@
 """A run that is killed, interrupted or out of disk loses nothing that it had saved, and goes on bit for bit."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -96,7 +97,11 @@ def run_command(argv: list[str], log: Path) -> None:
 
 def kill_at(moment: str, process: multiprocessing.Process, out: Path, source: random.Random) -> None:
     """Kill the process at a random time after its first step, or as soon as it has begun to write a file of some kind."""
-    patterns = {"checkpoint": f"{STAGING}/checkpoint-*/*", "result": f".{out.name}.*.partial"}
+    patterns = {
+        "checkpoint": f"{STAGING}/checkpoint-*/*",
+        "result": f".{out.name}.*.partial",
+        "cache": "../cache/*/.*.tmp",
+    }
     before = set(out.glob(patterns.get(moment, "checkpoint-*")))
     deadline = time.monotonic() + 120
     while process.is_alive() and time.monotonic() < deadline:
@@ -111,10 +116,12 @@ def kill_at(moment: str, process: multiprocessing.Process, out: Path, source: ra
     process.join()
 
 
-def kill_and_resume(place: Path, expected: dict[str, torch.Tensor], moments: list[str], seed: int) -> None:
+def kill_and_resume(
+    place: Path, expected: dict[str, torch.Tensor], moments: list[str], seed: int, **settings
+) -> None:
     source = random.Random(seed)
     out = place / f"killed-{seed}"
-    argv = [*command(place, out.name), "--resume_from_checkpoint", "true"]
+    argv = [*command(place, out.name, **settings), "--resume_from_checkpoint", "true"]
     for moment in moments:
         process = SERVER.Process(target=run_command, args=(argv, place / f"log-{seed}"))
         process.start()
@@ -133,6 +140,13 @@ def kill_and_resume(place: Path, expected: dict[str, torch.Tensor], moments: lis
 
 def test_a_killed_run_ends_in_the_same_weights(place, whole_run):
     kill_and_resume(place, whole_run, ["checkpoint", "result"], seed=1)
+
+
+def test_a_run_killed_while_it_fills_its_cache_ends_in_the_same_weights(place):
+    assert main(command(place, "uncached", repeat_batches="true")) == 0
+    settings = dict(repeat_batches="true", cache="disk", cache_dir=place / "cache")
+    kill_and_resume(place, weights(place / "uncached"), ["cache", "checkpoint", "cache"], seed=2, **settings)
+    assert json.loads((place / "killed-2" / "rmu_run.json").read_text())["frozen_passes"]["reused"] > 0
 
 
 @pytest.mark.slow
