@@ -172,8 +172,8 @@ class DiskStore:
     """Keeps passes as safetensors files, at most ``limit`` bytes of them in ``folder``.
 
     A file is written under another name and renamed, so that processes can share the folder; together they can exceed the bound
-    by one file each. A file that is cut short or damaged counts as absent and is removed, as is what a killed process left behind. Where a new file does not fit, files of
-    other models go first, the oldest first; those of the same model stay.
+    by one file each. A file that is cut short or damaged counts as absent and is removed, as is what a killed process left behind.
+    Where a new file does not fit, files of other models go first, the oldest first; those of the same model stay.
 
     Raises:
         ValueError: the folder cannot be made or written in.
