@@ -1,3 +1,3 @@
-from rmu.cli import main
+from rmu.cli import run
 
-raise SystemExit(main())
+run()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from safetensors import SafetensorError
 
@@ -51,6 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rmu: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
+
+
+def run() -> NoReturn:
+    """The console script: :func:`main`, and the end of the process."""
+    code = main()
+    distributed = sys.modules.get("torch.distributed")
+    if code == 0 and distributed and distributed.is_available() and distributed.is_initialized():
+        gloo = distributed.get_backend() == "gloo"
+        distributed.destroy_process_group()
+        if gloo:
+            # Its threads can abort the interpreter's shutdown, and the launcher would call a finished run failed.
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    sys.exit(code)
 
 
 def _fail(message: str) -> int:

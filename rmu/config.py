@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from rmu import compat, optimizer
@@ -197,6 +198,13 @@ class RMUConfig(TrainingArguments):
         self._n_gpu = min(self.n_gpu, 1)
         if optim == optimizer.NAME:
             self.optim = optim
+
+    @property
+    def device(self) -> torch.device:
+        """As in the base class."""
+        device = super().device
+        # With several processes accelerate says "cpu:0"; PyTorch can read no optimizer's state to there (transformers 5.17 tries).
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def _apply_compat(self) -> None:
         if self.compat not in compat.CHOICES:

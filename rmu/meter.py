@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class Meter:
         self.live = self.peak = 0
         self._storages: set[int] = set()
         self._flops = FlopCounterMode(display=False, custom_mapping=_FLOPS)
-        self._modes: list[Any] = [_FusedAttention(), _Watch(self._seen), self._flops]
+        self._modes: list[Any] = [_no_autocast(), _FusedAttention(), _Watch(self._seen), self._flops]
 
     def __enter__(self) -> Meter:
         for mode in self._modes:
@@ -70,6 +71,21 @@ class Meter:
         self.live -= size
 
 
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """Transformers 4.57 turns autocast off by the tensors' type of device, which PyTorch does not take for meta tensors."""
+    autocast = torch.autocast
+
+    def unless_meta(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
+
+    torch.autocast = unless_meta  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        torch.autocast = autocast  # type: ignore[misc]
+
+
 class _Watch(TorchDispatchMode):
     def __init__(self, seen: Callable[[Tensor], None]) -> None:
         super().__init__()
@@ -78,6 +94,11 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
             return True
+        if func is _aten.nonzero.default and args[0].is_meta:
+            # Experts that run one after another, as in transformers 4.57.
+            raise NotImplementedError(
+                "model: how much a layer computes depends on values; that cannot be planned"
+            )
         if _GROUPED and func is _GROUPED.default and args[0].is_meta:
             # Its own rule on meta tensors knows bf16 only.
             return self._made(args[0].new_empty(_grouped_shape(*args, **(kwargs or {}))))

@@ -18,7 +18,7 @@ from rmu.checkpoint import stored_tensors, weight_files
 from rmu.cli import main
 from rmu.merge import merge
 from rmu.trainer import RUN_FILE, STATE_FILE, TRAINED_FILE
-from tests.tiny import random_texts, tiny_folder, tiny_model, word_tokenizer
+from tests.tiny import BEFORE_5, random_texts, tiny_folder, tiny_model, word_tokenizer
 
 
 def trainer(base, output, **settings) -> RMUTrainer:
@@ -155,6 +155,8 @@ def test_a_model_edited_in_memory_is_not_saved_as_its_folder(tmp_path):
 def test_an_edit_is_found_in_stacked_experts_and_in_embeddings_on_the_cpu(tmp_path, architecture, name):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder(tmp_path / "base", architecture))
     experts = architecture == "mixtral"
+    if experts and BEFORE_5:
+        pytest.skip("transformers 4.57 has the experts apart")
     with torch.no_grad():
         edited = model.model.layers[0].mlp.experts.down_proj if experts else model.model.embed_tokens.weight
         edited.mul_(1.01)

@@ -14,7 +14,7 @@ from rmu.cli import main
 from rmu.meter import Meter
 from rmu.plan import plan_run, table
 from tests.conftest import GPU
-from tests.tiny import ARCHITECTURES, random_texts, tiny_folder
+from tests.tiny import ARCHITECTURES, BEFORE_5, random_texts, tiny_folder
 
 CONFIGS = Path(__file__).parents[2] / "docs" / "configs"
 
@@ -103,8 +103,21 @@ def test_the_plan_counts_the_passes_that_accumulation_holds_on_to(tmp_path):
     assert batch.recorded > one.recorded
 
 
+def skip_unless_planned(architecture):
+    if BEFORE_5 and architecture == "mixtral":
+        pytest.skip("transformers 4.57 runs the experts that the values choose, one after another")
+
+
+@pytest.mark.skipif(not BEFORE_5, reason="transformers 5 runs all experts at once")
+def test_a_model_that_cannot_be_planned(tmp_path):
+    AutoConfig.for_model("mixtral", **ARCHITECTURES["mixtral"]).save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="model: how much a layer computes depends on values"):
+        plan_run(tmp_path, config(layer=2))
+
+
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_every_architecture_has_a_plan(tmp_path, architecture):
+    skip_unless_planned(architecture)
     model_config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
     model_config.save_pretrained(tmp_path)
     pattern = r"mlp.*(down_proj|c_proj|dense_4h_to_h|fc2)" if architecture == "mixtral" else None
@@ -118,6 +131,7 @@ def test_every_architecture_has_a_plan(tmp_path, architecture):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_flops_follow_the_matrices(architecture, tmp_path):
     """Twice the tokens: twice the operations, but for attention."""
+    skip_unless_planned(architecture)
     AutoConfig.for_model(architecture, **ARCHITECTURES[architecture]).save_pretrained(tmp_path)
     one, two = (
         plan_run(
@@ -126,7 +140,8 @@ def test_flops_follow_the_matrices(architecture, tmp_path):
         )
         for n in (4, 8)
     )
-    assert two.flops == pytest.approx(2 * one.flops)
+    # Transformers 4.57 computes rotary angles once for all rows.
+    assert two.flops == pytest.approx(2 * one.flops, rel=1e-5)
 
 
 def test_bytes_read_are_those_of_the_headers(tmp_path):

@@ -25,7 +25,14 @@ from rmu.sweep_results import read_rows
 from rmu.sweep_states import FrozenPasses, RecordedWindow, StateStore
 from rmu.unlearn import unlearn
 from rmu.window import LayerWindow
-from tests.tiny import random_texts, tiny_folder, tiny_model, word_tokenizer, write_jsonl
+from tests.tiny import (
+    random_texts,
+    skip_unless_loaded,
+    tiny_folder,
+    tiny_model,
+    word_tokenizer,
+    write_jsonl,
+)
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SETTINGS = dict(
@@ -136,6 +143,7 @@ def test_a_saved_run_has_the_accuracy_that_the_sweep_measured(place, tmp_path):
 
 @pytest.mark.parametrize("architecture", ["llama", "falcon", "gemma3_text", "gpt2"])
 def test_scores_above_a_stored_state_are_those_of_the_whole_model(architecture):
+    skip_unless_loaded(architecture)
     model = tiny_model(architecture)
     source = torch.Generator().manual_seed(0)
     rows = [
