@@ -362,30 +362,30 @@ def finish_kernel(
     parts_ptr,
     BLOCK: tl.constexpr,
 ):
-    """One program ends the reduction in a fixed order. parts: forget loss, retain loss, reference.METRICS."""
+    """Program 0 adds up the losses in a fixed order, program 1 + i the metric reference.METRICS[i]."""
+    program = tl.program_id(0)
     rows = forget_rows + retain_rows
-    forget_loss = sum_values(values_ptr, 0, forget_rows, BLOCK)
-    retain_loss = sum_values(values_ptr, forget_rows, rows, BLOCK)
-    tl.store(loss_ptr, forget_loss + tl.cast(alpha, tl.float32) * retain_loss)
-    tl.store(parts_ptr, forget_loss)
-    tl.store(parts_ptr + 1, retain_loss)
-    if metrics_ptr is not None:
-        forget_count = forget_rows
-        retain_count = retain_rows
-        if counts_ptr is not None:
-            if forget_segments > 0:
-                forget_count = count_segments(counts_ptr, 0, forget_segments, False)
-            if retain_segments > 0:
-                last_segment = forget_segments + retain_segments
-                retain_count = count_segments(counts_ptr, forget_segments, last_segment, False)
-        forget_count = tl.maximum(forget_count, 1).to(tl.float32)
-        retain_count = tl.maximum(retain_count, 1).to(tl.float32)
-        for i in tl.static_range(3):
-            total = sum_values(metrics_ptr + i * rows, 0, forget_rows, BLOCK)
-            tl.store(parts_ptr + 2 + i, total / forget_count)
-        for i in tl.static_range(2):
-            total = sum_values(metrics_ptr + i * rows, forget_rows, rows, BLOCK)
-            tl.store(parts_ptr + 5 + i, total / retain_count)
+    if program == 0:
+        forget_loss = sum_values(values_ptr, 0, forget_rows, BLOCK)
+        retain_loss = sum_values(values_ptr, forget_rows, rows, BLOCK)
+        tl.store(loss_ptr, forget_loss + tl.cast(alpha, tl.float32) * retain_loss)
+        tl.store(parts_ptr, forget_loss)
+        tl.store(parts_ptr + 1, retain_loss)
+    else:
+        if metrics_ptr is not None:
+            # Three metrics of forget rows, then two of retain rows.
+            of_forget = program < 4
+            begin = tl.where(of_forget, 0, forget_rows)
+            end = tl.where(of_forget, forget_rows, rows)
+            measured = tl.where(of_forget, program - 1, program - 4)
+            total = sum_values(metrics_ptr + measured.to(tl.int64) * rows, begin, end, BLOCK)
+            count = end - begin
+            if counts_ptr is not None:
+                first_segment = tl.where(of_forget, 0, forget_segments)
+                last_segment = tl.where(of_forget, forget_segments, forget_segments + retain_segments)
+                if first_segment < last_segment:
+                    count = count_segments(counts_ptr, first_segment, last_segment, False)
+            tl.store(parts_ptr + 1 + program, total / tl.maximum(count, 1).to(tl.float32))
 
 
 @triton.jit
@@ -400,30 +400,37 @@ def rescale_row(gradient_ptr, row, factor, FEATURES: tl.constexpr, BLOCK: tl.con
         tl.store(gradient_row + columns, gradient.to(gradient_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["forget_rows", "forget_length"])
+@triton.jit(do_not_specialize=["forget_rows", "rows", "forget_length"])
 def rescale_kernel(
     forget_gradient_ptr,
     retain_gradient_ptr,
     forget_rows,
+    rows,
     forget_length,
     grad_output_ptr,
     grad_output_strides,
     FEATURES: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Multiply the stored gradient rows by grad_output, in place; a row whose factor is 1 is not touched."""
-    program = tl.program_id(0)
-    sequence = (program // forget_length).to(tl.int64)
-    token = (program % forget_length).to(tl.int64)
-    offset = sequence * grad_output_strides[0] + token * grad_output_strides[1]
-    factor = tl.load(grad_output_ptr + offset).to(tl.float32)
-    if factor != 1.0:
-        if program < forget_rows:
-            if forget_gradient_ptr is not None:
-                rescale_row(forget_gradient_ptr, program, factor, FEATURES, BLOCK)
-        else:
-            if retain_gradient_ptr is not None:
-                rescale_row(retain_gradient_ptr, program - forget_rows, factor, FEATURES, BLOCK)
+    """Multiply the stored gradient rows by grad_output, in place; a row whose factor is 1 is not touched.
+
+    ROWS rows a program: as a rule the factor is 1, and then programs are all that this costs.
+    """
+    for i in range(ROWS):
+        row = tl.program_id(0) * ROWS + i
+        if row < rows:
+            sequence = (row // forget_length).to(tl.int64)
+            token = (row % forget_length).to(tl.int64)
+            offset = sequence * grad_output_strides[0] + token * grad_output_strides[1]
+            factor = tl.load(grad_output_ptr + offset).to(tl.float32)
+            if factor != 1.0:
+                if row < forget_rows:
+                    if forget_gradient_ptr is not None:
+                        rescale_row(forget_gradient_ptr, row, factor, FEATURES, BLOCK)
+                else:
+                    if retain_gradient_ptr is not None:
+                        rescale_row(retain_gradient_ptr, row - forget_rows, factor, FEATURES, BLOCK)
 
 
 @triton.jit(do_not_specialize=["length"])

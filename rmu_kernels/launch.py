@@ -14,7 +14,8 @@ from rmu_kernels.reference import Rows, Term, Wanted
 LARGEST_BLOCK, LARGEST_WITH_METRICS, LARGEST_WITH_NOISE = 16384, 8192, 4096
 LARGEST_PIECE = 4096
 COUNT_SEGMENT = 4096  # tokens that one program counts
-REDUCE_BLOCK = 4096
+REDUCE_BLOCK = 8192
+RESCALED_ROWS = 16  # that one program looks after
 
 
 def run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
@@ -240,7 +241,7 @@ def launch_rows(
         parts = torch.empty(7 if wanted.metrics else 2, dtype=torch.float32, device=device)
         run(
             kernels.finish_kernel,
-            1,
+            6 if wanted.metrics else 1,
             values,
             measured,
             forget_rows,
@@ -252,7 +253,7 @@ def launch_rows(
             loss,
             parts,
             BLOCK=REDUCE_BLOCK,
-            num_warps=8,
+            num_warps=16,
         )
     return Rows(loss, parts, forget_gradient, retain_gradient)
 
@@ -275,15 +276,17 @@ def launch_rescale(
     with on_device(some):
         run(
             kernels.rescale_kernel,
-            rows,
+            -(-rows // RESCALED_ROWS),
             forget_gradient,
             retain_gradient,
             forget_rows,
+            rows,
             row_length(some),
             grad_output,
             strides,
             FEATURES=some.shape[-1],
             BLOCK=block,
+            ROWS=RESCALED_ROWS,
             num_warps=warps,
         )
 
