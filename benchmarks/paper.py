@@ -51,15 +51,16 @@ from rmu.trainer import RUN_FILE
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
 DOCS = ROOT / "docs"
 PROVENANCE = ["date", "revision", "machine", "seed"]
-# Limits that keep three seeds within about half an hour on two cores.
+# Limits that keep three seeds within about an hour on a core.
 CONFIDENCE_TEXTS = 100
 ALIGNMENT = {"layers": [5, 14], "coefficients": [50.0, 200.0, 800.0], "scales": [1.0, 5.0, 20.0]}
 ALIGNMENT_STEPS, ALIGNMENT_TEXTS = 25, 60
-GCG_QUESTIONS, GCG_STEPS = 3, 12
-REPHRASE_QUESTIONS, MIXED_QUESTIONS, LENS_QUESTIONS = 50, 100, 100
+GCG_QUESTIONS, GCG_STEPS = 3, 25
+REPHRASE_QUESTIONS, MIXED_QUESTIONS, LENS_QUESTIONS = 100, 100, 100
 LENS_EVERY = 3
-TASK_LIMIT = 120
-RELEARN_COUNTS, RELEARN_LIMIT = [0, 10, 30], 90
+# The wording that the base model answers best: many questions in one tell more than the same few in three.
+TASK = ("rmu_demo_dictionary",)
+RELEARN_COUNTS, RELEARN_LIMIT = [0, 10, 30], 120
 
 
 class Paper:
@@ -126,13 +127,13 @@ class Paper:
         states = {name: mean_state(model, tokenizer, texts, layer) for name, (model, _) in models.items()}
         loaded = {name: model for name, (model, _) in models.items()}
         direction = states["unlearned"] - states["base"]
-        return {"ablate": ablate(loaded, tokenizer, direction, layer, Tasks(limit=TASK_LIMIT))}
+        return {"ablate": ablate(loaded, tokenizer, direction, layer, Tasks(TASK, TASK))}
 
     def quantize(self) -> dict[str, pd.DataFrame]:
         parts = []
         for model, folder in self.folders.items():
             kept = base_rows("quantize") if model == "base" else None
-            found = quantize(folder, Tasks(limit=TASK_LIMIT)).assign(model=model) if kept is None else kept
+            found = quantize(folder, Tasks(TASK, TASK)).assign(model=model) if kept is None else kept
             parts.append(found)
         return {"quantize": pd.concat(parts, ignore_index=True)}
 
@@ -147,8 +148,7 @@ class Paper:
     def relearn(self) -> dict[str, pd.DataFrame]:
         names = {"forget": "forget", "unrelated": "retain_prose", "retain": "retain_glosses"}
         corpora = {name: [row["text"] for row in read_data(file)] for name, file in names.items()}
-        task = ("rmu_demo_dictionary",)
-        tasks = Tasks(task, task, limit=RELEARN_LIMIT)
+        tasks = Tasks(TASK, TASK, limit=RELEARN_LIMIT)
 
         def measure(model, tokenizer):
             return relearn(
@@ -174,7 +174,7 @@ class Paper:
 
 
 SETTINGS = [field.name for field in fields(RMUConfig)]
-ORDER = ("confidence", "rephrase", "ablate", "mixed", "relearn", "quantize", "lens", "alignment", "gcg")
+ORDER = ("confidence", "rephrase", "ablate", "mixed", "quantize", "lens", "alignment", "relearn", "gcg")
 
 
 def main() -> None:
