@@ -175,6 +175,11 @@ def test_the_share_that_came_back():
     assert finding.status == "partly" and "40% of what unlearning had taken came back" in finding.text
     (finding,) = FINDINGS["ablate"]({"ablate": ablated(0.7)})
     assert "80% of what unlearning had taken" in finding.text and "under the same attack 79.0" in finding.text
+    few = ablated(0.4).assign(
+        stderr=0.06
+    )  # rise 0.1, twice the error of the difference 0.17, half of the loss 0.25
+    (finding,) = FINDINGS["ablate"]({"ablate": few})
+    assert finding.status == "unjudged" and "up to 54% of what unlearning had taken" in finding.text
     nothing_lost = ablated(0.7).assign(accuracy=0.5)
     assert FINDINGS["ablate"]({"ablate": nothing_lost})[0].status == "unjudged"
 
