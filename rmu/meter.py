@@ -73,17 +73,21 @@ class Meter:
 
 @contextmanager
 def _no_autocast() -> Iterator[None]:
-    """Transformers 4.57 turns autocast off by the tensors' type of device, which PyTorch does not take for meta tensors."""
-    autocast = torch.autocast
+    """Transformers 4.57 and 5.0 ask for autocast by the tensors' type of device, which PyTorch does not take for meta tensors."""
+    autocast, is_enabled = torch.autocast, torch.is_autocast_enabled
 
     def unless_meta(device_type: str, *args: Any, **kwargs: Any) -> Any:
         return nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
 
+    def is_enabled_unless_meta(*device_type: str) -> bool:
+        return device_type != ("meta",) and is_enabled(*device_type)
+
     torch.autocast = unless_meta  # type: ignore[assignment, misc]
+    torch.is_autocast_enabled = is_enabled_unless_meta  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.autocast = autocast  # type: ignore[misc]
+        torch.autocast, torch.is_autocast_enabled = autocast, is_enabled  # type: ignore[misc]
 
 
 class _Watch(TorchDispatchMode):

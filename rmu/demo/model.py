@@ -106,7 +106,15 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, **options)
-    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    except (
+        TypeError
+    ) as error:  # releases up to 5.17 hand merges over in a form that tokenizers no longer takes
+        raise ValueError(
+            f"transformers {transformers.__version__} cannot read the tokenizer in {gguf_file.name}; 5.23 can, "
+            "or pass another model with --model"
+        ) from error
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(
             f"The tokenizer converted from {gguf_file.name} has {len(tokenizer)} tokens, "

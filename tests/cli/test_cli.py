@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from rmu.cli import main
@@ -113,7 +114,10 @@ def test_pickles_only_unless_asked(place, capsys):
 def test_a_folder_without_a_tokenizer(place, capsys):
     for path in (place / "base").glob("tokenizer*"):
         path.unlink()
-    fails(capsys, arguments(place), "tokenizer:", "has none that can be read")
+    # Transformers 5.0 makes an empty one up.
+    made_up = transformers.__version__.startswith("5.0.")
+    message = "not this model's tokenizer" if made_up else "has none that can be read"
+    fails(capsys, arguments(place), "tokenizer:", message)
 
 
 def test_a_truncated_shard(place, capsys):

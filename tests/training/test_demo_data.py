@@ -12,7 +12,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmu.demo import (
@@ -26,8 +28,8 @@ from rmu.demo import (
 )
 from rmu.demo import model as demo_model_module
 from rmu.demo.model import demo_model
-from tests.tiny import BEFORE_5
 
+OLD = Version(transformers.__version__) < Version("5.18")
 TRAINING = ("forget", "retain_glosses", "retain_prose")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "build_demo_data.py"
 
@@ -278,7 +280,9 @@ def write_gguf(path, vocabulary, embeddings):
     return tensors
 
 
-@pytest.mark.skipif(BEFORE_5, reason="transformers 4.57 reads no GGUF tokenizer with the tokenizers of today")
+@pytest.mark.skipif(
+    OLD, reason="transformers up to 5.17 reads no GGUF tokenizer with the tokenizers of today"
+)
 def test_conversion_gives_an_ordinary_bfloat16_folder(tmp_path):
     (tmp_path / "source").mkdir()
     tensors = write_gguf(tmp_path / "source" / "tiny.gguf", vocabulary=20, embeddings=20)
@@ -291,13 +295,22 @@ def test_conversion_gives_an_ordinary_bfloat16_folder(tmp_path):
     assert list((tmp_path / "model").glob("*.safetensors"))
 
 
-@pytest.mark.skipif(BEFORE_5, reason="transformers 4.57 reads no GGUF tokenizer with the tokenizers of today")
+@pytest.mark.skipif(
+    OLD, reason="transformers up to 5.17 reads no GGUF tokenizer with the tokenizers of today"
+)
 def test_conversion_refuses_a_tokenizer_that_does_not_fit(tmp_path):
     (tmp_path / "source").mkdir()
     write_gguf(tmp_path / "source" / "tiny.gguf", vocabulary=20, embeddings=24)
     with pytest.raises(ValueError, match="has 20 tokens, the model 24"):
         demo_model_module._convert(tmp_path / "source" / "tiny.gguf", tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.skipif(not OLD, reason="transformers 5.23 reads it")
+def test_a_release_that_cannot_read_the_tokenizer_is_named(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", vocabulary=20, embeddings=20)
+    with pytest.raises(ValueError, match="cannot read the tokenizer in tiny.gguf; 5.23 can"):
+        demo_model_module._convert(tmp_path / "tiny.gguf", tmp_path / "model")
 
 
 def fake_download(content):
