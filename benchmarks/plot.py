@@ -16,7 +16,7 @@ import pandas as pd
 
 from benchmarks import plot_demo, plot_kernels, plot_steps
 from benchmarks.results import FOLDER, ROOT
-from benchmarks.tables import Results, replace_between
+from benchmarks.tables import Results, by_device, replace_between
 
 PERFORMANCE, KERNELS, COMPAT = (Path("docs") / name for name in ("performance.md", "kernels.md", "compat.md"))
 
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         other = plot_demo.latest(pd.read_csv(chosen.results / "demo_layer_17.csv"))
         replace_between(root / "docs" / "demo.md", "layer 17", plot_demo.demo_table(other))
     results = Results(chosen.results)
+    replace_between(root / "README.md", "cost", by_device(results, "steps", plot_steps.cost_table))
     for name, text in {
         **plot_kernels.blocks(results),
         **plot_steps.blocks(results, root / "docs"),

@@ -41,41 +41,44 @@ def blocks(results: Results, docs: Path) -> dict[str, str]:
     }
 
 
-def step_table(rows: pd.DataFrame) -> str:
-    header = [
-        "model",
-        "l",
-        "method",
-        "loop",
-        "a step",
-        "first step",
-        "run",
-        "peak memory",
-        "speed-up",
-        "losses",
-    ]
-    lines = []
+def step_rows(rows: pd.DataFrame) -> list[dict[str, str]]:
+    """The cells of each loop, by their column."""
+    found = []
     for _, group in rows.groupby(["model", "hooked_layer", "method"], sort=False):
         baseline = group[group.provider == "released"]
         seconds = baseline.step_seconds.iloc[-1] if len(baseline) else None
         for row in group.itertuples():
             note = str(row.note).split(":")[0] if present(row.note) else ""
             compared = note == "" and seconds is not None and row.provider != "released"
-            lines.append(
-                [
-                    row.model,
-                    str(row.hooked_layer),
-                    row.method,
-                    row.provider,
-                    note or duration(row.step_seconds),
-                    duration(row.first_step_seconds),
-                    f"{duration(row.run_seconds)} for {row.steps} steps" if not note else "—",
-                    size(row.peak_bytes),
-                    speedup(seconds, row.step_seconds, is_true(row.same_losses)) if compared else "—",
-                    str(row.losses) if present(row.losses) else "—",
-                ]
+            found.append(
+                {
+                    "model": row.model,
+                    "l": str(row.hooked_layer),
+                    "method": row.method,
+                    "loop": row.provider,
+                    "a step": note or duration(row.step_seconds),
+                    "first step": duration(row.first_step_seconds),
+                    "run": f"{duration(row.run_seconds)} for {row.steps} steps" if not note else "—",
+                    "peak memory": size(row.peak_bytes),
+                    "speed-up": speedup(seconds, row.step_seconds, is_true(row.same_losses))
+                    if compared
+                    else "—",
+                    "losses": str(row.losses) if present(row.losses) else "—",
+                }
             )
-    return table(header, lines)
+    return found
+
+
+def step_table(rows: pd.DataFrame) -> str:
+    found = step_rows(rows)
+    return table(list(found[0]), [list(row.values()) for row in found])
+
+
+def cost_table(rows: pd.DataFrame) -> str:
+    """The README's part of it."""
+    header = ["model", "l", "method", "loop", "a step", "peak memory", "speed-up"]
+    loops = ("released", "truncated", "ours")
+    return table(header, [[row[name] for name in header] for row in step_rows(rows) if row["loop"] in loops])
 
 
 def phase_table(rows: pd.DataFrame) -> str:
