@@ -85,7 +85,8 @@ def environment(device: str) -> dict[str, Any]:
         "driver": driver() if device == "cuda" else "",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: package_version(name) for name in ("torch", "triton", "transformers")},
+        "torch": torch.__version__,  # with its build, which the package's version can lack
+        **{name: package_version(name) for name in ("triton", "transformers")},
     }
 
 
