@@ -12,7 +12,7 @@ from rmu_kernels.reference import Rows, Term, Wanted
 # Columns that the registers of 16 warps hold: metrics and noise need registers too, and so do longer rows,
 # which are taken in pieces by 8 warps. `python -m rmu_kernels.aot` finds what spills.
 LARGEST_BLOCK, LARGEST_WITH_METRICS, LARGEST_WITH_NOISE = 16384, 8192, 4096
-LARGEST_PIECE = 4096
+LARGEST_PIECE, PIECE_WITH_NOISE = 4096, 2048
 COUNT_SEGMENT = 4096  # tokens that one program counts
 REDUCE_BLOCK = 8192
 RESCALED_ROWS = 16  # that one program looks after
@@ -31,7 +31,7 @@ def block_and_warps(features: int, metrics: bool = False, noise: bool = False) -
     """Columns that a program holds, and its warps: 32 would not fit the 64 lanes of an AMD wavefront."""
     largest = LARGEST_WITH_NOISE if noise else LARGEST_WITH_METRICS if metrics else LARGEST_BLOCK
     if features > largest:
-        return LARGEST_PIECE, 8
+        return PIECE_WITH_NOISE if noise else LARGEST_PIECE, 8
     block = next_power_of_2(features)
     return block, 4 if block <= 2048 else 8 if block <= 4096 else 16
 
@@ -272,7 +272,8 @@ def launch_rescale(
     strides: tuple[int, ...] = (0, 0)
     if grad_output.ndim:
         grad_output, strides = row_view(grad_output, 0)
-    block, warps = block_and_warps(some.shape[-1])
+    # Rows one after another: each in pieces, so that what the loop over rows needs has registers too.
+    block, warps = block_and_warps(min(some.shape[-1], LARGEST_PIECE))
     with on_device(some):
         run(
             kernels.rescale_kernel,

@@ -40,21 +40,25 @@ def test_compiles_for_every_target(target, variant):
         assert kernels == {"count_kernel", "rows_kernel", "finish_kernel", "rescale_kernel", "norm_kernel"}
 
 
-SLOW = pytest.mark.slow
 SPILLS = [
     (variant, features, dtype)
     for variant in VARIANTS
     for features in (576, 2048, 5120, 8192, 16384)
     for dtype in (torch.bfloat16, torch.float32)
 ]
-QUICK = [("adaptive, masked, metrics", 16384, torch.float32), (RICHEST, 16384, torch.bfloat16)]
+# Each has spilled once.
+QUICK = [
+    ("fixed", 5120, torch.bfloat16),
+    ("adaptive, masked, metrics", 16384, torch.float32),
+    ("vector, noise", 16384, torch.float32),
+    (RICHEST, 16384, torch.bfloat16),
+]
 
 
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "gfx942"])
 @pytest.mark.parametrize(
-    "target", [pytest.param(t, marks=() if t == "sm_90" else SLOW) for t in TARGETS if t != "gfx942"]
-)
-@pytest.mark.parametrize(
-    "variant, features, dtype", [pytest.param(*c, marks=() if c in QUICK else SLOW) for c in SPILLS]
+    "variant, features, dtype",
+    [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow) for c in SPILLS],
 )
 def test_no_spills(variant, features, dtype, target):
     for call, use in compiled_resources(variant, features, target, dtype):
