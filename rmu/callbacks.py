@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # A loss that falls by less than this share counts as one that does not fall.
 _PLATEAU_DECREASE = 0.01
+SHARDED_EVALUATION = (
+    "evaluate_every: got it with fsdp, but each process needs the whole model for its questions"
+)
 
 
 class EvaluationCallback(TrainerCallback):
@@ -55,6 +58,8 @@ class EvaluationCallback(TrainerCallback):
         stop_forget_accuracy: float | None = None,
         stop_retain_drop: float | None = None,
     ) -> None:
+        if trainer.args.shard_frozen:
+            raise ValueError(SHARDED_EVALUATION)
         if every < 1:
             raise ValueError(f"evaluate_every: got {every}, expected at least 1 step")
         if not forget_tasks:

@@ -13,6 +13,7 @@ from rmu import compat, optimizer
 from rmu.cache import CHOICES as CACHES
 from rmu.coefficient import METHODS, SCOPES, STATISTICS
 from rmu.directions import DISTRIBUTIONS
+from rmu.sharding import wants_sharding
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO = "auto"
@@ -181,12 +182,16 @@ class RMUConfig(TrainingArguments):
         False, "Must stay false: a loss that is not finite stops the run."
     )
     remove_unused_columns: bool = _setting(False, "Must stay false: batches hold two texts.")
+    # Set by ``fsdp``, or by accelerate's launcher: the frozen weights are split over the processes (rmu.sharding).
+    shard_frozen: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._apply_compat()
         if self.adam_epsilon is None:
             self.adam_epsilon = optimizer.EPS if self.optim == optimizer.NAME else 1e-8
         self._check()
+        self.shard_frozen = wants_sharding(self.fsdp, self.fsdp_config)
+        self.fsdp, self.fsdp_config = TrainingArguments.fsdp, None
         optim = self.optim
         # Every trained tensor is used in every step.
         if self.ddp_find_unused_parameters is None:
@@ -198,6 +203,8 @@ class RMUConfig(TrainingArguments):
         self._n_gpu = min(self.n_gpu, 1)
         if optim == optimizer.NAME:
             self.optim = optim
+        if self.shard_frozen:
+            self._check_sharding()
 
     @property
     def device(self) -> torch.device:
@@ -297,6 +304,14 @@ class RMUConfig(TrainingArguments):
             )
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate: got {self.learning_rate}, expected a finite number above 0")
+
+    def _check_sharding(self) -> None:
+        if self.world_size == 1:
+            raise ValueError("fsdp: given in one process, expected several (torchrun, accelerate launch)")
+        # A cache's hit on one process would leave the others waiting for its part of a layer.
+        for name, expected in (("cache", "none"), ("quantization", "none"), ("torch_compile", False)):
+            if getattr(self, name) != expected:
+                raise ValueError(f"{name}: got {getattr(self, name)} with fsdp, expected {expected}")
 
     def wants_calibration(self) -> bool:
         """Whether the layer, or the method's c or beta, is to be found from the model and the text to forget."""

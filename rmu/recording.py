@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -83,6 +84,8 @@ def frozen_passes(
     outputs: dict[int, Tensor] = {}
     arguments: dict[int, Arguments] = {}
     tail: list[tuple[Any, ...] | None] = [None]
+    # FSDP's hooks count on a pass that ends; where only these layers are loaded, little is left to compute.
+    leaves = not isinstance(model, FSDPModule)
 
     def before(i: int) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -95,7 +98,7 @@ def frozen_passes(
                 arguments[i] = (args, kwargs)
             if i in entered:
                 entries[i] = state.detach()
-            if i == max(left) and i >= first_skipped:
+            if i == max(left) and i >= first_skipped and leaves:
                 raise _Reached
 
         return record
@@ -105,7 +108,7 @@ def frozen_passes(
             tail[0] = output[1:] if isinstance(output, tuple) else None
             if i in left and i < first_skipped:
                 outputs[i] = hidden_state(output).detach()
-            if i == max(left):
+            if i == max(left) and leaves:
                 raise _Reached
 
         return record

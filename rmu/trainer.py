@@ -39,6 +39,7 @@ from rmu.packing import check_packing
 from rmu.processes import StepTokens, step_coefficient, sum_over_processes
 from rmu.resumable import ResumableTrainer
 from rmu.rounding import UpdateRounding
+from rmu.sharding import shard
 from rmu.source import FrozenSource
 from rmu.window import LayerWindow, check_lengths
 from rmu_kernels import adaptive_coefficient, rmu_loss
@@ -88,11 +89,10 @@ class RMUTrainer(ResumableTrainer):
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        for name, given in (("fsdp", args.fsdp), ("deepspeed", args.deepspeed)):
-            if given or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
-                raise ValueError(
-                    f"{name}: not supported, the frozen pass runs outside such a wrapper; several processes train with DDP"
-                )
+        if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise ValueError(
+                "deepspeed: not supported, the frozen pass runs outside such a wrapper; several processes train with DDP"
+            )
         topics = len(forget)
         automatic = args.wants_calibration()
         if args.layer == AUTO:
@@ -165,6 +165,8 @@ class RMUTrainer(ResumableTrainer):
             )
             if self._edited:
                 warnings.warn(f"{self._edit_message()}; it can be trained, but not saved", stacklevel=2)
+        if args.shard_frozen:
+            shard(self.window, args.device)
         if args.directions:
             self.directions = read_directions(args.directions, topics, self.window.hidden_size)
         else:
@@ -216,8 +218,8 @@ class RMUTrainer(ResumableTrainer):
         self.frozen = FrozenSource(
             self.window,
             make_store(args.cache, args.cache_size, args.cache_dir),
-            # The topics of a round read the same retain rows.
-            recent=args.gradient_accumulation_steps if topics > 1 else 0,
+            # The topics of a round read the same retain rows. Processes that share layers have to compute alike.
+            recent=args.gradient_accumulation_steps if topics > 1 and not args.shard_frozen else 0,
         )
         self.rounding = None
         # Adapters are not rounded to the model's dtype.
@@ -557,6 +559,7 @@ class RMUTrainer(ResumableTrainer):
             "cache",
             "cache_size",
             "cache_dir",
+            "shard_frozen",
         )
         changed = [
             name

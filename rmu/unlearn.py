@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from rmu.callbacks import EvaluationCallback, PlateauCallback
+from rmu.callbacks import SHARDED_EVALUATION, EvaluationCallback, PlateauCallback
 from rmu.checkpoint import (
     CONFIG_FILE,
     as_safetensors,
@@ -40,6 +40,8 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
         raise ValueError(
             "embeddings_on_cpu: got true, but evaluate_every needs the whole model on the device"
         )
+    if config.shard_frozen and arguments.evaluate_every:
+        raise ValueError(SHARDED_EVALUATION)
     if not config.output_dir:
         raise ValueError("output_dir: not given, expected a new or an empty folder")
     output = Path(config.output_dir)
@@ -191,6 +193,10 @@ def describe(trainer: RMUTrainer) -> str:
         f"trained tensors: {len(shapes)}, in {window.trained[0].dtype}",
         *(f"  {name} {shape}" for name, shape in shapes.items()),
     ]
+    if args.shard_frozen:
+        lines.append(
+            f"frozen layers: split over {args.world_size} processes (FSDP2); the plan counts them whole"
+        )
     if args.cache != "none":
         place = f" in {args.cache_dir}" if args.cache_dir else ""
         lines.append(f"cache of frozen passes: {args.cache}, at most {args.cache_size:g} GB{place}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -278,6 +279,9 @@ class LayerWindow(nn.Module):
 
     def _call_layer(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self._window[i]
+        if isinstance(layer, FSDPModule):
+            # First: gathering puts the original weights into their places.
+            layer.unshard()
         # One cast a pass: sharing it would sum the gradients of the passes in the model's dtype.
         tensors = {
             name: put(layer.get_parameter(name), ((index, self.trained[j]) for index, j in places))

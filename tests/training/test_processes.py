@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
 
-from rmu import RMUConfig, RMUTrainer
+from rmu import RMUConfig, RMUTrainer, sharding
 from rmu.cli import main
 from rmu.interrupt import Interrupted
 from tests.tiny import random_texts, tiny_folder, write_jsonl
@@ -30,6 +30,13 @@ SETTINGS = {
     "lora": {"lora_rank": 2, "learning_rate": 2e-2},
 }
 ON_TWO_RANKS = [*((name, 1) for name in SETTINGS), ("token", 2), ("first_batch", 2)]
+# With the frozen layers split over the two (FSDP2).
+SHARDED = {
+    "token": {},
+    "first_batch": {"gradient_accumulation_steps": 2},
+    "lora": {},
+    "relative": {"gradient_checkpointing": True, "dtype": "bfloat16", "parameter_dtype": "float32"},
+}
 METRICS = ("loss", "forget_loss", "retain_loss_1", "forget_norm", "retain_cosine", "coefficient_mean")
 needs_gloo = pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
 
@@ -81,6 +88,10 @@ def test_accumulation_equals_the_large_batch(base, large_batch, tmp_path, name):
     assert_same(outcome(trainer), large_batch[name])
 
 
+def frozen_of(layer: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in layer.parameters() if not parameter.requires_grad]
+
+
 def rank(process: int, folder: Path, base: Path) -> None:
     os.environ.update(RANK=str(process), LOCAL_RANK=str(process), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=(folder / "port").read_text())
@@ -91,6 +102,15 @@ def rank(process: int, folder: Path, base: Path) -> None:
         stem = folder / f"{name}-{accumulation}-{process}"
         stem.with_suffix(".json").write_text(json.dumps(history))
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, f"{stem}.safetensors")
+    for name, changes in SHARDED.items():
+        rows = 4 // changes.get("gradient_accumulation_steps", 1)
+        for fsdp in ("", "full_shard"):
+            trainer = train(base, folder / "out", name, rows, fsdp=fsdp, **changes)
+            history, tensors = outcome(trainer)
+            held = [p.to_local() if fsdp else p for layer in trainer.window._layers for p in frozen_of(layer)]
+            stem = folder / f"{fsdp}-{name}-{process}"
+            stem.with_suffix(".json").write_text(json.dumps([history, sum(p.numel() for p in held)]))
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, f"{stem}.safetensors")
     trainer = trainer_of(base, folder / "stopped", "first_batch", 4)
     if process == 1:
         # One process alone hears of it.
@@ -98,7 +118,7 @@ def rank(process: int, folder: Path, base: Path) -> None:
     try:
         trainer.train()
     except Interrupted:
-        resumed = trainer_of(base, folder / "stopped", "first_batch", 4)
+        resumed = trainer_of(base, folder / "stopped", "first_batch", 4, fsdp="full_shard")
         resumed.train(resume_from_checkpoint=True)
         tensors = dict(resumed.window.trained_tensors())
         save_file(tensors, folder / f"resumed-{process}.safetensors")
@@ -145,22 +165,63 @@ def test_a_signal_to_one_of_two_ranks_saves_and_stops_both(two_ranks):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
 
 
-def test_other_wrappers_are_refused(base, tmp_path, monkeypatch):
+@needs_gloo
+@pytest.mark.parametrize("name", SHARDED)
+def test_split_frozen_layers_change_no_bit(two_ranks, name):
+    for process in (0, 1):
+        whole, split = (two_ranks / f"{fsdp}-{name}-{process}" for fsdp in ("", "full_shard"))
+        (history, numel), (other, held) = (
+            json.loads(stem.with_suffix(".json").read_text()) for stem in (whole, split)
+        )
+        assert history == other and held == numel / 2
+        expected = load_file(f"{whole}.safetensors")
+        assert all(torch.equal(t, expected[key]) for key, t in load_file(f"{split}.safetensors").items())
+
+
+def test_deepspeed_is_refused(base, tmp_path, monkeypatch):
     args = RMUConfig(output_dir=str(tmp_path), layer=2, max_steps=1, use_cpu=True)
-    for name in ("fsdp", "deepspeed"):
-        monkeypatch.setattr(args, name, "given", raising=True)
-        with pytest.raises(ValueError, match=f"{name}: not supported"):
-            RMUTrainer(base, args, forget=FORGET, retain=RETAIN)
-        monkeypatch.undo()
     # As accelerate launch sets it.
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="fsdp: not supported"):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="deepspeed: not supported"):
         RMUTrainer(base, args, forget=FORGET, retain=RETAIN)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp": "full_shard"}, "fsdp: given in one process"),
+        ({"fsdp": "shard_grad_op"}, "fsdp: got 'shard_grad_op', expected true or full_shard"),
+        ({"fsdp": "full_shard offload"}, "fsdp: got .*, expected true or full_shard"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "fsdp_version: got 1, expected 2"),
+        ({"fsdp": True, "fsdp_config": {"fsdp_cpu_offload": True}}, "fsdp_offload_params: got true"),
+        ({"fsdp": True, "cache": "memory"}, "cache: got memory with fsdp, expected none"),
+        ({"fsdp": True, "torch_compile": True}, "torch_compile: got True with fsdp, expected False"),
+    ],
+)
+def test_fsdp_that_cannot_be_is_refused(tmp_path, monkeypatch, settings, message):
+    if "fsdp: given" not in message:
+        monkeypatch.setattr(RMUConfig, "world_size", 2)
+    with pytest.raises(ValueError, match=message):
+        RMUConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_fsdp_of_the_launcher_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "_launched", False)
+    monkeypatch.setattr(RMUConfig, "world_size", 2)
+    monkeypatch.setenv(sharding.SWITCH, "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    for _ in range(2):
+        assert RMUConfig(output_dir=str(tmp_path), use_cpu=True).shard_frozen
+        assert os.environ[sharding.SWITCH] == "false"
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match="fsdp_version: got 1, expected 2"):
+        RMUConfig(output_dir=str(tmp_path), use_cpu=True)
 
 
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2"],
     "accelerate": ["-m", "accelerate.commands.launch", "--config_file", "examples/two_processes.yaml"],
+    "fsdp": ["-m", "accelerate.commands.launch", "--config_file", "examples/two_processes_fsdp.yaml"],
 }
 
 
@@ -187,7 +248,7 @@ def one_process(base, tmp_path_factory):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_launcher_saves_the_folder_that_one_process_saves(base, one_process, launcher):
     place, evaluation = one_process
-    port = ["--main_process_port" if launcher == "accelerate" else "--master_port", str(free_port())]
+    port = ["--master_port" if launcher == "torchrun" else "--main_process_port", str(free_port())]
     argv = [sys.executable, *LAUNCHERS[launcher], *port, "-m", "rmu"]
     argv += unlearn_arguments(place, base, launcher, 3)
     argv += evaluation if launcher == "torchrun" else []
@@ -195,6 +256,7 @@ def test_a_launcher_saves_the_folder_that_one_process_saves(base, one_process, l
     done = subprocess.run(argv, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained tensors: 3") == done.stdout.count("saved: ") == 1
+    assert ("split over 2 processes" in done.stdout) == (launcher == "fsdp")
     one, two = place / "one", place / launcher
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
     assert not list(place.glob(".*"))
