@@ -75,7 +75,7 @@ def shard(window: LayerWindow, device: torch.device) -> None:
         fully_shard(module, **options)
     for layer in window._window:
         # The rerun comes right after the frozen pass, and its backward pass splits them again.
-        layer.set_reshard_after_forward(False)
+        layer.set_reshard_after_forward(False)  # type: ignore[operator]  # an FSDPModule now
     # DDP would compare and send what is not trained.
     names = [name for name, parameter in window.named_parameters() if parameter not in trained]
     names += [name for name, _ in window.named_buffers()]

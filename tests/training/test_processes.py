@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
+from torch.distributed.tensor import DTensor
 
 from rmu import RMUConfig, RMUTrainer, sharding
 from rmu.cli import main
@@ -32,9 +33,10 @@ SETTINGS = {
 ON_TWO_RANKS = [*((name, 1) for name in SETTINGS), ("token", 2), ("first_batch", 2)]
 # With the frozen layers split over the two (FSDP2).
 SHARDED = {
-    "token": {},
+    "token": {"trained_layers": [2]},
     "first_batch": {"gradient_accumulation_steps": 2},
     "lora": {},
+    "median": {"scale": ["auto"]},
     "relative": {"gradient_checkpointing": True, "dtype": "bfloat16", "parameter_dtype": "float32"},
 }
 METRICS = ("loss", "forget_loss", "retain_loss_1", "forget_norm", "retain_cosine", "coefficient_mean")
@@ -92,6 +94,21 @@ def frozen_of(layer: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in layer.parameters() if not parameter.requires_grad]
 
 
+def check_gathering(base: Path, out: Path) -> None:
+    """A frozen pass leaves the layers whole that run again; where they are not, the rerun gathers them."""
+    windows = [trainer_of(base, out, "token", 4, fsdp=fsdp).window for fsdp in ("", "full_shard")]
+    passes = [window.frozen(torch.arange(6).reshape(1, 6)) for window in windows]
+    layers = windows[1]._layers
+    assert [isinstance(next(layer.parameters()), DTensor) for layer in layers[:3]] == [False] * 3
+    for layer in layers:
+        layer.reshard()
+        assert isinstance(next(layer.parameters()), DTensor)
+    for window in windows:
+        window.trained[0].data.mul_(2)
+    whole, split = (window(recorded)[0] for window, recorded in zip(windows, passes, strict=True))
+    assert torch.equal(split, whole) and not torch.equal(whole, passes[0].hidden)
+
+
 def rank(process: int, folder: Path, base: Path) -> None:
     os.environ.update(RANK=str(process), LOCAL_RANK=str(process), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=(folder / "port").read_text())
@@ -102,6 +119,7 @@ def rank(process: int, folder: Path, base: Path) -> None:
         stem = folder / f"{name}-{accumulation}-{process}"
         stem.with_suffix(".json").write_text(json.dumps(history))
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, f"{stem}.safetensors")
+    check_gathering(base, folder / "out")
     for name, changes in SHARDED.items():
         rows = 4 // changes.get("gradient_accumulation_steps", 1)
         for fsdp in ("", "full_shard"):
