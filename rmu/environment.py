@@ -27,6 +27,18 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether a device is a CPU without AVX-512 or its like: bfloat16 takes an order of magnitude longer than float32 there."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+
+
+def dtype_hint(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Advice on a model in ``dtype``, where there is some."""
+    if dtype != torch.bfloat16 or not emulates_bfloat16(device):
+        return None
+    return "this CPU has no arithmetic for bfloat16 and takes far longer for it than for float32: --dtype float32"
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory so far: allocated on a CUDA device, resident in this process otherwise."""
     if device.type == "cuda":

@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from rmu.checkpoint import local_folder
 from rmu.data import check_tokenizer, load_tokenizer
+from rmu.environment import dtype_hint
 
 ACCURACY_METRICS = ("acc", "acc_norm", "exact_match")
 
@@ -307,6 +309,12 @@ def evaluate(
     }
 
 
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
 def load_model(
     model: str | Path, dtype: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -321,5 +329,7 @@ def load_model(
     tokenizer = load_tokenizer(folder, trust_remote_code)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     check_tokenizer(tokenizer, loaded.config.get_text_config().vocab_size)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return loaded.to(accelerator or "cpu").eval(), tokenizer  # type: ignore[arg-type]
+    device = default_device()
+    if hint := dtype_hint(loaded.dtype, device):
+        warnings.warn(hint, stacklevel=2)
+    return loaded.to(device).eval(), tokenizer  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from rmu.checkpoint import local_folder, weight_files
 from rmu.config import AUTO, RMUConfig, UnlearningArguments
 from rmu.corpora import load_corpora, load_corpus
 from rmu.data import check_tokenizer, load_tokenizer
+from rmu.environment import dtype_hint
 from rmu.loading import load_arguments, window_settings
 from rmu.sweep_evaluation import Measured, SweepEvaluator
 from rmu.sweep_results import SWEPT, Results, describe_run
@@ -268,6 +269,8 @@ def run_sweep(
             todo = [run for run in runs if not results.has(run.settings())]
             for line in results.news:
                 say(line)
+            if hint := dtype_hint(model.dtype, config.device):
+                say(hint)
             say(f"{len(runs)} runs, {len(runs) - len(todo)} of them done before: {results.path}")
             if todo:
                 evaluator = SweepEvaluator(

@@ -22,6 +22,7 @@ from rmu.compat import released_settings
 from rmu.config import RMUConfig, UnlearningArguments
 from rmu.corpora import load_corpora
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
+from rmu.environment import dtype_hint
 from rmu.errors import first_line
 from rmu.loading import load_arguments
 from rmu.lora import ADAPTER_FILE
@@ -193,6 +194,8 @@ def describe(trainer: RMUTrainer) -> str:
         f"trained tensors: {len(shapes)}, in {window.trained[0].dtype}",
         *(f"  {name} {shape}" for name, shape in shapes.items()),
     ]
+    if hint := dtype_hint(window.model.dtype, args.device):
+        lines.append(hint)
     if args.shard_frozen:
         lines.append(
             f"frozen layers: split over {args.world_size} processes (FSDP2); the plan counts them whole"

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rmu.checkpoint import check_output_folder, local_folder
 from rmu.demo import DATA, evaluation_inputs
-from rmu.evaluation import evaluate, load_model
+from rmu.environment import emulates_bfloat16
+from rmu.evaluation import default_device, evaluate, load_model
 
 CHANCE = 0.25
 # Rows come from the corpora in turn, so a corpus named twice gives twice as many.
@@ -60,12 +61,16 @@ def run_demo(
     unlearned = output / "model"
     base = local_folder(model) if model else demo_model(cache_dir)
     settings = ["--config", "demo", "--model", str(base), "--forget", str(DATA / "forget.jsonl.gz")]
-    settings += ["--retain", *RETAIN, "--output_dir", str(unlearned), *overrides]
-    parse_unlearn(settings)
+    settings += ["--retain", *RETAIN, "--output_dir", str(unlearned)]
+    if emulates_bfloat16(default_device()):
+        print("This CPU has no arithmetic for bfloat16: everything runs in float32.")
+        settings += ["--dtype", "float32"]
+    settings += overrides
+    dtype = parse_unlearn(settings)[1].dtype
     inputs = evaluation_inputs()
 
     print("\n1/3 What the model knows", flush=True)
-    before, generations, seconds = _measure(base, inputs)
+    before, generations, seconds = _measure(base, inputs, dtype)
 
     print("\n2/3 Unlearning animals and plants", flush=True)
     # A process of its own, so that the peak memory it records is that of unlearning alone.
@@ -82,7 +87,7 @@ def run_demo(
     record = json.loads((unlearned / "rmu_run.json").read_text())
 
     print("\n3/3 What the unlearned model knows", flush=True)
-    after, generations_after, seconds_after = _measure(unlearned, inputs)
+    after, generations_after, seconds_after = _measure(unlearned, inputs, dtype)
 
     results = {
         "title": "Unlearning animals and plants",
@@ -108,9 +113,9 @@ def run_demo(
     return results, write_report(results, output)
 
 
-def _measure(folder: Path, inputs: dict[str, Any]) -> tuple[dict[str, Any], list[str], float]:
+def _measure(folder: Path, inputs: dict[str, Any], dtype: str) -> tuple[dict[str, Any], list[str], float]:
     started = time.perf_counter()
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, dtype)
     measured = evaluate(model, tokenizer, **inputs)
     generations = [_continue(model, tokenizer, prompt) for _, prompt in PROMPTS]
     return measured, generations, time.perf_counter() - started

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from rmu.cli import main
+from rmu.demo import run
 from tests.tiny import tiny_folder
 
 SETTINGS = "--layer 2 --max_steps 4 --logging_steps 1 --per_device_train_batch_size 2 --use_cpu true".split()
@@ -27,6 +29,28 @@ def test_demo(tmp_path, capfd):
     assert (output / "model" / "config.json").is_file() and (output / "report.html").is_file()
     out = capfd.readouterr().out
     assert "report.html" in out and "chance is 25.0%" in out
+
+
+class Measured(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("capability", "flags", "dtype"),
+    [("AVX2", [], "float32"), ("AVX2", ["--dtype", "bfloat16"], "bfloat16"), ("AVX512", [], "auto")],
+)
+def test_without_bfloat16_arithmetic_everything_runs_in_float32(
+    tmp_path, monkeypatch, capability, flags, dtype
+):
+    def measure(folder, inputs, dtype):
+        raise Measured(dtype)
+
+    monkeypatch.setattr(run, "_measure", measure)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    base = tiny_folder(tmp_path / "base")
+    with pytest.raises(Measured, match=dtype):
+        run.run_demo(tmp_path / "out", model=str(base), overrides=[*SETTINGS, *flags])
 
 
 def test_a_wrong_setting_is_found_before_measuring(tmp_path, capsys):

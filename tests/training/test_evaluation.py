@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rmu.demo import TASKS_PATH, read_data
-from rmu.evaluation import evaluate, evaluate_tasks, perplexity, token_confidence
+from rmu.evaluation import evaluate, evaluate_tasks, load_model, perplexity, token_confidence
+from tests.tiny import tiny_folder
 
 TEXTS = ["the cat sat on the mat", "a dog", "on a mat the dog and the cat sat and sat", "cat"]
 
@@ -196,3 +198,17 @@ def test_evaluate_gathers_all_measures(model, tokenizer):
     assert result["confidence"]["retain"] == token_confidence(model, tokenizer, TEXTS[2:])
     assert sum(row["n"] for row in result["accuracy"]) == 4
     json.dumps(result)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "warned"),
+    [("AVX2", torch.bfloat16, True), ("AVX2", torch.float32, False), ("AVX512", torch.bfloat16, False)],
+)
+def test_a_cpu_that_emulates_bfloat16_is_named(tmp_path, monkeypatch, capability, dtype, warned):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    folder = tiny_folder(tmp_path / "base")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_model(folder, str(dtype).removeprefix("torch."))
+    assert any("--dtype float32" in str(w.message) for w in caught) == warned
