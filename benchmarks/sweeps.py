@@ -16,12 +16,12 @@ from typing import Any
 from benchmarks.plot_demo import CHANCE
 from benchmarks.results import ROOT
 from benchmarks.tables import replace_between
+from rmu.analysis.layers import KNOWLEDGE_LEFT, forgets
 from rmu.commands.sweep import parse_sweep
 from rmu.sweep import run_sweep
 from rmu.sweep_figures import strength, table, variant, write_figures
 from rmu.sweep_results import Outcome, last_sweep, outcomes, pareto_front, read_rows
 
-KNOWLEDGE_LEFT = 0.25
 CONFIGS = {"layers": "layer_sweep.yaml", "methods": "method_sweep.yaml"}
 
 
@@ -47,11 +47,6 @@ def main() -> None:
         replace_between(page, "layers", layers_section(found, rows[-1]))
 
 
-def forgets(outcome: Outcome) -> bool:
-    """Whether at most a quarter of what was known above chance is left."""
-    return outcome.forget - CHANCE <= KNOWLEDGE_LEFT * (outcome.base_forget - CHANCE)
-
-
 def layers_section(found: list[Outcome], row: dict[str, Any]) -> str:
     """The layers in ``docs/paper.md``: at how many each method forgets, what is retained there, and the figure."""
     layers = sorted({o.settings["layer"] for o in found})
@@ -68,7 +63,7 @@ def layers_section(found: list[Outcome], row: dict[str, Any]) -> str:
         cells = []
         for part in parts:
             inside = [o for o in own if o.settings["layer"] in part]
-            number = sum(map(forgets, inside))
+            number = sum(forgets(o, CHANCE) for o in inside)
             if not inside:
                 cells.append("not run")
                 continue

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rmu import figures
+from rmu.analysis import layers
 from rmu.analysis.figures import FIGURES
 from rmu.analysis.findings import FINDINGS
 from rmu.analysis.output import read_analysis
 from rmu.report import LIMITS
-from rmu.report_page import Drawings, Items, Section, Table, Text, render_html, render_markdown
+from rmu.report_page import Block, Drawings, Items, Section, Table, Text, render_html, render_markdown
+from rmu.sweep_results import last_sweep, outcomes, read_rows
 from rmu.verdict import SUMMARY_HEADER, Finding, summary_rows, verdict
 
 TITLES = {
@@ -32,7 +34,10 @@ _WORDS = {"met": "as hoped", "partly": "partly so", "missed": "not so", "unjudge
 
 
 def gather(
-    folders: Sequence[str | Path], before: str | Path | None = None, after: str | Path | None = None
+    folders: Sequence[str | Path],
+    before: str | Path | None = None,
+    after: str | Path | None = None,
+    sweep: str | Path | None = None,
 ) -> dict[str, Any]:
     """Read what the commands wrote.
 
@@ -40,14 +45,16 @@ def gather(
         folders: of ``rmu analyze`` and ``rmu probe``; of ``rmu demo`` (``results.json``); of ``rmu unlearn`` (``rmu_run.json``).
             Of what several hold, the last counts.
         before, after: files that ``rmu eval --output`` wrote for the base and for the unlearned model.
+        sweep: results file of ``rmu sweep``, of which the last sweep counts.
 
     Returns:
-        ``{"analyses": {name: (tables, record)}, "results": before and after, or None, "run": the run's record, or None}``.
+        ``{"analyses": {name: (tables, record)}, "results": before and after, or None, "run": the run's record, or None, "sweep":
+        outcomes}``.
 
     Raises:
         ValueError: no such folder or file, one that cannot be read, or nothing in them.
     """
-    found: dict[str, Any] = {"analyses": {}, "results": None, "run": None}
+    found: dict[str, Any] = {"analyses": {}, "results": None, "run": None, "sweep": []}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise ValueError(f"folders: {folder} is not a folder")
@@ -64,7 +71,12 @@ def gather(
         raise ValueError("before, after: got one of them, expected both or neither")
     if before and after:
         found["results"] = {"before": _read(Path(before), "before"), "after": _read(Path(after), "after")}
-    if not (found["analyses"] or found["results"] or found["run"]):
+    if sweep:
+        rows = read_rows(sweep)
+        if not rows:
+            raise ValueError(f"sweep: {sweep} holds no runs")
+        found["sweep"] = outcomes(last_sweep(rows))
+    if not any(found.values()):
         raise ValueError(
             f"folders: {', '.join(map(str, folders))} hold no results of rmu analyze, probe, demo or unlearn"
         )
@@ -76,6 +88,12 @@ def _read(path: Path, argument: str) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{argument}: {path} cannot be read as JSON: {error}") from error
+
+
+def _chance(found: dict[str, Any]) -> float | None:
+    """The accuracy of guessing, from whatever was measured."""
+    records = [found["results"] or {}, *(record for _, record in found["analyses"].values())]
+    return next((r["chance"] for r in records if r.get("chance") is not None), None)
 
 
 def _cost(found: dict[str, Any]) -> tuple[list[Finding], list[list[str]]]:
@@ -112,6 +130,9 @@ def findings_of(found: dict[str, Any]) -> list[Finding]:
             kind = title.split(":")[0]
             for finding in FINDINGS[name](found["analyses"][name][0]):
                 findings.append(finding._replace(goal=f"{kind}: {finding.goal}"))
+    if found["sweep"]:
+        own = layers.finding(found["sweep"], _chance(found))
+        findings.append(own._replace(goal=f"Effect: {own.goal}"))
     order = ["Effect", "Side effects", "Robustness"]
     findings.sort(key=lambda finding: order.index(finding.goal.split(":")[0]))
     return findings + _cost(found)[0]
@@ -144,6 +165,9 @@ def write_gathered_report(
             tables, record = found["analyses"][name]
             drawings = Drawings(FIGURES[name](tables, record.get("chance")))
             sections.append(Section(title_of_section, [drawings]))
+    if found["sweep"]:
+        blocks: list[Block] = [Drawings(layers.drawings(found["sweep"]))]
+        sections.append(Section("Effect: the hooked layer", blocks))
     rows = _cost(found)[1]
     if rows:
         sections.append(Section("Cost", [Table("Time and memory", ["", "time", "peak memory"], rows)]))

@@ -5,11 +5,14 @@ import time
 import pandas as pd
 import pytest
 
+from rmu.analysis import layers
 from rmu.analysis.figures import FIGURES, changes, score, summary
 from rmu.analysis.findings import FINDINGS
 from rmu.analysis.output import TABLES, check_not_written, read_analysis, write_analysis
 from rmu.analysis.report import TITLES, findings_of, gather, write_gathered_report
 from rmu.cli import main
+from rmu.sweep_results import outcomes
+from tests.training.test_sweep_results import row, write
 
 N = 101
 
@@ -261,6 +264,39 @@ def test_the_page_holds_every_analysis(written, tmp_path, monkeypatch):
     assert list(dict.fromkeys(kinds)) == ["Effect", "Side effects", "Robustness", "Cost"]
     drawn = {drawing.name for name in TABLES for drawing in FIGURES[name](CASES[name][0], 0.25)}
     assert drawn == {png.stem for png in (tmp_path / "page").glob("*.png")}
+
+
+LAYER_RUNS = [
+    *(row(0.3, 0.8, layer=layer) for layer in (3, 9)),
+    row(0.3, 0.8, layer=3, method="rmu", coefficient=6.5, scale=None, scope=None),
+    row(0.36, 0.8, layer=9, method="rmu", coefficient=6.5, scale=None, scope=None),
+]
+
+
+def test_the_verdict_on_layers_counts_where_each_method_forgets():
+    # Base 0.6, chance 0.25: a quarter of what is known above it is left at 0.3375.
+    found = layers.finding(outcomes(LAYER_RUNS), 0.25)
+    assert found.status == "met"
+    assert "2 of 2 layers (Adaptive RMU, token, beta 5, alpha 150)" in found.text
+    assert "1 of 2 layers (RMU, c 6.5, alpha 150)" in found.text
+    as_good = [{**r, "forget": 0.3} for r in LAYER_RUNS]
+    assert layers.finding(outcomes(as_good), 0.25).status == "missed"
+    assert layers.finding(outcomes(LAYER_RUNS[:2]), 0.25).status == "unjudged"
+    assert layers.finding(outcomes(LAYER_RUNS[1:3]), 0.25).status == "unjudged"
+    assert layers.finding(outcomes(LAYER_RUNS), None).status == "unjudged"
+
+
+def test_a_sweep_is_on_the_page(tmp_path, written, monkeypatch, capsys):
+    monkeypatch.setattr("rmu.figures.render", drawn_only)
+    sweep = write(tmp_path / "sweep.csv", LAYER_RUNS)
+    command = ["report", str(written), "--sweep", str(sweep), "--output_dir", str(tmp_path / "page")]
+    assert main(command) == 0
+    assert f"Effect: {layers.GOAL}" in capsys.readouterr().out
+    assert "<h2>Effect: the hooked layer</h2>" in (tmp_path / "page" / "report.html").read_text()
+    for name in ("sweep_layers", "sweep_heat_map", "sweep_pareto"):
+        assert (tmp_path / "page" / f"{name}.png").is_file()
+    assert main([*command[:3], str(tmp_path / "none.csv"), "--output_dir", str(tmp_path / "other")]) == 2
+    assert "no such file" in capsys.readouterr().err
 
 
 def test_command(tmp_path, capsys):
