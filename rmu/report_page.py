@@ -46,6 +46,7 @@ class Drawing:
     alt: str
     caption: str
     draw: Callable[[figures.Theme], Figure]
+    wide: bool = False  # two panels: over the page's whole width
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ tbody th { font-weight: 400; overflow-wrap: anywhere; min-width: 5rem; }
 .figures { display: grid; gap: 1.6rem 2rem; align-items: start; margin: 1.2rem 0;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)); }
 figure { margin: 0; max-width: 31rem; }
+figure.wide { grid-column: 1 / -1; max-width: 60rem; }
 figure img { display: block; width: 100%; height: auto; }
 .example { border: 1px solid var(--line); border-radius: .25rem; padding: .8rem .9rem; margin: 1rem 0; }
 dl { display: grid; gap: .8rem 1.4rem; margin: .6rem 0 0;
@@ -194,7 +196,7 @@ dd, .prompt { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 {% elif block.kind == "drawings" %}
 <div class="figures">
 {% for drawing in block.drawings %}
-<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{{ image(drawing, dark) }}">
+<figure{% if drawing.wide %} class="wide"{% endif %}><picture><source media="(prefers-color-scheme: dark)" srcset="{{ image(drawing, dark) }}">
 <img alt="{{ drawing.alt }}" src="{{ image(drawing, light) }}"></picture>
 <figcaption>{{ drawing.caption }}</figcaption></figure>
 {% endfor %}

@@ -87,8 +87,11 @@ def finding(found: Sequence[Outcome], chance: float | None) -> Finding:
 def drawings(found: Sequence[Outcome]) -> list[Drawing]:
     """The figures of ``rmu sweep``."""
     shown = (
-        ("sweep_layers", "Forget and retain accuracy over the hooked layer", sweep_figures.layer_curves),
-        ("sweep_heat_map", "Accuracy at every layer and coefficient", sweep_figures.heat_map),
-        ("sweep_pareto", "Forget against retain accuracy of every setting", sweep_figures.pareto),
+        ("sweep_layers", "Forget and retain accuracy over the hooked layer.", sweep_figures.layer_curves),
+        ("sweep_heat_map", "Accuracy at every layer and coefficient.", sweep_figures.heat_map),
+        ("sweep_pareto", "Forget against retain accuracy of every setting.", sweep_figures.pareto),
     )
-    return [Drawing(name, f"{text}.", f"{text}.", partial(draw, found)) for name, text, draw in shown]
+    return [
+        Drawing(name, text, text, partial(draw, found), wide=name != "sweep_pareto")
+        for name, text, draw in shown
+    ]

@@ -38,6 +38,7 @@ def gather(
     before: str | Path | None = None,
     after: str | Path | None = None,
     sweep: str | Path | None = None,
+    chance: float | None = None,
 ) -> dict[str, Any]:
     """Read what the commands wrote.
 
@@ -46,10 +47,11 @@ def gather(
             Of what several hold, the last counts.
         before, after: files that ``rmu eval --output`` wrote for the base and for the unlearned model.
         sweep: results file of ``rmu sweep``, of which the last sweep counts.
+        chance: accuracy of guessing on its questions (default: what another of the results says).
 
     Returns:
         ``{"analyses": {name: (tables, record)}, "results": before and after, or None, "run": the run's record, or None, "sweep":
-        outcomes}``.
+        outcomes, "chance": accuracy of guessing, or None}``.
 
     Raises:
         ValueError: no such folder or file, one that cannot be read, or nothing in them.
@@ -76,7 +78,10 @@ def gather(
         if not rows:
             raise ValueError(f"sweep: {sweep} holds no runs")
         found["sweep"] = outcomes(last_sweep(rows))
-    if not any(found.values()):
+    records = [found["results"] or {}, *(record for _, record in found["analyses"].values())]
+    known = [record["chance"] for record in records if record.get("chance") is not None]
+    found["chance"] = known[0] if chance is None and known else chance
+    if not (found["analyses"] or found["results"] or found["run"] or found["sweep"]):
         raise ValueError(
             f"folders: {', '.join(map(str, folders))} hold no results of rmu analyze, probe, demo or unlearn"
         )
@@ -88,12 +93,6 @@ def _read(path: Path, argument: str) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{argument}: {path} cannot be read as JSON: {error}") from error
-
-
-def _chance(found: dict[str, Any]) -> float | None:
-    """The accuracy of guessing, from whatever was measured."""
-    records = [found["results"] or {}, *(record for _, record in found["analyses"].values())]
-    return next((r["chance"] for r in records if r.get("chance") is not None), None)
 
 
 def _cost(found: dict[str, Any]) -> tuple[list[Finding], list[list[str]]]:
@@ -131,7 +130,7 @@ def findings_of(found: dict[str, Any]) -> list[Finding]:
             for finding in FINDINGS[name](found["analyses"][name][0]):
                 findings.append(finding._replace(goal=f"{kind}: {finding.goal}"))
     if found["sweep"]:
-        own = layers.finding(found["sweep"], _chance(found))
+        own = layers.finding(found["sweep"], found["chance"])
         findings.append(own._replace(goal=f"Effect: {own.goal}"))
     order = ["Effect", "Side effects", "Robustness"]
     findings.sort(key=lambda finding: order.index(finding.goal.split(":")[0]))

@@ -23,11 +23,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--before", help="JSON file of rmu eval --output for the base model")
     parser.add_argument("--after", help="the same for the unlearned model")
     parser.add_argument("--sweep", help="results file of rmu sweep")
+    parser.add_argument(
+        "--chance",
+        type=float,
+        help="accuracy of guessing on the sweep's questions, where no other result says it",
+    )
     parser.add_argument("--title", default="Unlearning, measured", help="the page's title")
     parser.add_argument("--output_dir", required=True, help="a new or empty folder for the page")
     arguments = parser.parse_args(argv)
     check_output_folder(Path(arguments.output_dir))
-    found = gather(arguments.folders, arguments.before, arguments.after, arguments.sweep)
+    found = gather(arguments.folders, arguments.before, arguments.after, arguments.sweep, arguments.chance)
     for finding in findings_of(found):
         print(f"{MARKS[finding.status]}: {finding.goal}\n    {finding.text}")
     print(f"\nreport: {write_gathered_report(found, arguments.output_dir, arguments.title)}")
