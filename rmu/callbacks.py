@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # A loss that falls by less than this share counts as one that does not fall.
 _PLATEAU_DECREASE = 0.01
 SHARDED_EVALUATION = (
-    "evaluate_every: got it with fsdp, but each process needs the whole model for its questions"
+    "evaluate_every: got it with shard_frozen, but each process needs the whole model for its questions"
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils.import_utils import is_torch_greater_or_equal
 
 from rmu import compat, optimizer
 from rmu.cache import CHOICES as CACHES
@@ -149,6 +150,9 @@ class RMUConfig(TrainingArguments):
     embeddings_on_cpu: bool = _setting(
         False, "Keep the token embeddings in main memory; a batch's rows go to the device."
     )
+    shard_frozen: bool = _setting(
+        False, "Split the frozen layers over the processes (FSDP2); fsdp and accelerate's launcher set it."
+    )
     attn_implementation: str | None = _setting(
         None, "Attention of the layers: eager, sdpa, flash_attention_2, ...; default: the model's."
     )
@@ -182,15 +186,13 @@ class RMUConfig(TrainingArguments):
         False, "Must stay false: a loss that is not finite stops the run."
     )
     remove_unused_columns: bool = _setting(False, "Must stay false: batches hold two texts.")
-    # Set by ``fsdp``, or by accelerate's launcher: the frozen weights are split over the processes (rmu.sharding).
-    shard_frozen: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._apply_compat()
         if self.adam_epsilon is None:
             self.adam_epsilon = optimizer.EPS if self.optim == optimizer.NAME else 1e-8
         self._check()
-        self.shard_frozen = wants_sharding(self.fsdp, self.fsdp_config)
+        self.shard_frozen |= wants_sharding(self.fsdp, self.fsdp_config)
         self.fsdp, self.fsdp_config = TrainingArguments.fsdp, None
         optim = self.optim
         # Every trained tensor is used in every step.
@@ -307,11 +309,15 @@ class RMUConfig(TrainingArguments):
 
     def _check_sharding(self) -> None:
         if self.world_size == 1:
-            raise ValueError("fsdp: given in one process, expected several (torchrun, accelerate launch)")
+            raise ValueError(
+                "shard_frozen: got true (or fsdp) in one process, expected several (torchrun, accelerate launch)"
+            )
         # A cache's hit on one process would leave the others waiting for its part of a layer.
         for name, expected in (("cache", "none"), ("quantization", "none"), ("torch_compile", False)):
             if getattr(self, name) != expected:
-                raise ValueError(f"{name}: got {getattr(self, name)} with fsdp, expected {expected}")
+                raise ValueError(f"{name}: got {getattr(self, name)} with shard_frozen, expected {expected}")
+        if self.lora_rank and not is_torch_greater_or_equal("2.7"):
+            raise ValueError("lora_rank: with shard_frozen it needs torch 2.7")
 
     def wants_calibration(self) -> bool:
         """Whether the layer, or the method's c or beta, is to be found from the model and the text to forget."""

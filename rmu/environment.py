@@ -28,8 +28,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def emulates_bfloat16(device: torch.device) -> bool:
-    """Whether a device is a CPU without AVX-512 or its like: bfloat16 takes an order of magnitude longer than float32 there."""
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    """Whether a device is an x86 CPU without AVX-512: bfloat16 takes an order of magnitude longer than float32 there."""
+    x86 = device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
 def dtype_hint(dtype: torch.dtype, device: torch.device) -> str | None:

@@ -196,7 +196,8 @@ dd, .prompt { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 {% elif block.kind == "drawings" %}
 <div class="figures">
 {% for drawing in block.drawings %}
-<figure{% if drawing.wide %} class="wide"{% endif %}><picture><source media="(prefers-color-scheme: dark)" srcset="{{ image(drawing, dark) }}">
+<figure{% if drawing.wide %} class="wide"{% endif %}>
+<picture><source media="(prefers-color-scheme: dark)" srcset="{{ image(drawing, dark) }}">
 <img alt="{{ drawing.alt }}" src="{{ image(drawing, light) }}"></picture>
 <figcaption>{{ drawing.caption }}</figcaption></figure>
 {% endfor %}

@@ -43,7 +43,8 @@ def wants_sharding(fsdp: Any, fsdp_config: Any) -> bool:
     if not (words or _launched):
         return False
     if isinstance(fsdp_config, str):
-        fsdp_config = json.loads(Path(fsdp_config).read_text())
+        is_json = fsdp_config.lstrip().startswith("{")
+        fsdp_config = json.loads(fsdp_config if is_json else Path(fsdp_config).read_text())
     config = {str(key).removeprefix("fsdp_"): value for key, value in (fsdp_config or {}).items()}
     launcher = os.environ if _launched else {}
     version = config.get("version", launcher.get("FSDP_VERSION", 2))
@@ -52,6 +53,11 @@ def wants_sharding(fsdp: Any, fsdp_config: Any) -> bool:
     offload = config.get("cpu_offload", launcher.get("FSDP_OFFLOAD_PARAMS", False))
     if str(offload).lower() == "true":
         raise ValueError("fsdp_offload_params: got true, expected false; see embeddings_on_cpu")
+    again = config.get("activation_checkpointing", launcher.get("FSDP_ACTIVATION_CHECKPOINTING", False))
+    if str(again).lower() == "true":
+        raise ValueError(
+            "fsdp_activation_checkpointing: got true, expected false; see gradient_checkpointing"
+        )
     return True
 
 
@@ -68,14 +74,13 @@ def shard(window: LayerWindow, device: torch.device) -> None:
     trained = set(window.trained)
     if trained & set(window.model.parameters()):  # LoRA adapters, in the layers
         options["ignored_params"] = trained
-    modules = list(window._layers)
-    if not isinstance(window.model.get_input_embeddings(), HostEmbedding):
-        modules.append(window.model.get_input_embeddings())
-    for module in (*modules, window.model):
-        fully_shard(module, **options)
-    for layer in window._window:
-        # The rerun comes right after the frozen pass, and its backward pass splits them again.
-        layer.set_reshard_after_forward(False)  # type: ignore[operator]  # an FSDPModule now
+    for layer in window._layers:
+        # The rerun comes right after the frozen pass, and its backward pass splits its layers again.
+        fully_shard(layer, **options, reshard_after_forward=layer not in window._window)
+    embedding = window.model.get_input_embeddings()
+    if not isinstance(embedding, HostEmbedding):
+        fully_shard(embedding, **options)
+    fully_shard(window.model, **options)
     # DDP would compare and send what is not trained.
     names = [name for name, parameter in window.named_parameters() if parameter not in trained]
     names += [name for name, _ in window.named_buffers()]

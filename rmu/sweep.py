@@ -380,7 +380,7 @@ def fixed_settings(
     arguments: UnlearningArguments, config: RMUConfig, sweep: SweepArguments
 ) -> dict[str, Any]:
     """All settings that a result depends on and that do not vary, by name."""
-    without_effect = ("cache", "cache_size", "cache_dir")
+    without_effect = ("cache", "cache_size", "cache_dir", "shard_frozen")
     settings = {
         k: v for k, v in config.method_settings().items() if k not in SWEPT and k not in without_effect
     }

@@ -371,6 +371,20 @@ class RMUTrainer(ResumableTrainer):
             shares[name] = value * (share / max(all_tokens, 1))
         return shares
 
+    def _wrap_model(
+        self, model: nn.Module, training: bool = True, dataloader: torch.utils.data.DataLoader | None = None
+    ) -> nn.Module:
+        wrapped = super()._wrap_model(model, training, dataloader)
+        if not (self.args.shard_frozen and training) or wrapped is not self.model:
+            return wrapped
+        # Accelerate's own DDP refuses a model with split weights, though DDP leaves these alone (rmu.sharding).
+        handler, device = self.accelerator.ddp_handler, self.args.device
+        return nn.parallel.DistributedDataParallel(
+            wrapped,
+            device_ids=None if device.type == "cpu" else [device],
+            **(handler.to_kwargs() if handler else {}),
+        )
+
     @staticmethod
     def get_optimizer_cls_and_kwargs(
         args: TrainingArguments, model: PreTrainedModel | None = None
