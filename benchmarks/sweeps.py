@@ -1,7 +1,7 @@
 """Run the committed sweeps, adding to ``results/*.csv``, and draw their figures; stopped, each goes on where it was.
 
 python -m benchmarks.sweeps layers         # results/layers.csv, docs/layers*.png, the layers in docs/paper.md
-python -m benchmarks.sweeps methods         # results/methods.csv, docs/methods*.png
+python -m benchmarks.sweeps methods         # results/methods.csv, docs/methods*.png, the methods in docs/paper.md
 python -m benchmarks.sweeps layers --draw   # the figures alone
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.plot_demo import CHANCE
@@ -43,8 +44,9 @@ def main() -> None:
     print(table(pareto_front(found)))
     print(*write_figures(found, arguments.figures / arguments.name), sep="\n")
     page = arguments.figures / "paper.md"
-    if arguments.name == "layers" and page.exists():
-        replace_between(page, "layers", layers_section(found, rows[-1]))
+    if page.exists():
+        section = layers_section(found, rows[-1]) if arguments.name == "layers" else methods_section(rows)
+        replace_between(page, arguments.name, section)
 
 
 def layers_section(found: list[Outcome], row: dict[str, Any]) -> str:
@@ -98,6 +100,66 @@ def layers_section(found: list[Outcome], row: dict[str, Any]) -> str:
             "![The same for every layer and coefficient](layers_heat_map.png)",
         ]
     )
+
+
+def methods_section(rows: list[dict[str, Any]]) -> str:
+    """The methods in ``docs/paper.md``: what each gave over its seeds, and whether one is better than the default."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        (outcome,) = outcomes([row])
+        letter = "beta" if row["method"] == "adaptive" else "c"
+        groups.setdefault(f"{variant(outcome)}, {letter} {strength(outcome)[0]:g}", []).append(row)
+    lines = ["| | forget (%) | retain (%) | perplexity | seeds |", "|---|---|---|---|---|"]
+    scores: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, own in groups.items():
+        scores[name] = {
+            side: mean_and_error([row[side] for row in own], own[0][f"{side}_questions"])
+            for side in ("forget", "retain")
+        }
+        cells = [f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in scores[name].values()]
+        rise = 100 * (mean(row["perplexity"] / row["base_perplexity"] for row in own) - 1)
+        lines.append(f"| {name} | {' | '.join(cells)} | {rise:+.1f} % | {len(own)} |")
+    default = next(name for name in groups if name.startswith("Adaptive RMU, token, beta"))
+    others = {name: better_or_worse(scores[name], scores[default]) for name in groups if name != default}
+    better = [name for name, sign in others.items() if sign > 0]
+    worse = [name for name, sign in others.items() if sign < 0]
+    verdict = (
+        f"Better than the default (`method adaptive`, `scope token`) beyond two standard errors: {'; '.join(better) or 'none'}. "
+        f"Worse: {'; '.join(worse) or 'none'}."
+    )
+    fixed, first = json.loads(rows[0]["fixed"]), rows[0]
+    return "\n".join(
+        [
+            f"Layer {first['layer']}, {fixed['max_steps']} steps, layers in {fixed['dtype']}, validation questions "
+            f"({first['forget_questions']} forget, {first['retain_questions']} retain); base model "
+            f"{100 * first['base_forget']:.1f} and {100 * first['base_retain']:.1f} %, perplexity {first['base_perplexity']:.1f}.",
+            "",
+            *lines,
+            "",
+            f"{verdict} (Revision {rows[-1]['revision']}, {rows[-1]['date'][:10]}.)",
+            "",
+            "![Forget against retain accuracy of the methods](methods_pareto.png)",
+        ]
+    )
+
+
+def mean_and_error(accuracies: list[float], questions: int) -> tuple[float, float]:
+    """The mean over seeds, and its standard error or that of the questions, whichever is larger."""
+    value = mean(accuracies)
+    of_questions = math.sqrt(value * (1 - value) / questions)
+    of_seeds = stdev(accuracies) / math.sqrt(len(accuracies)) if len(accuracies) > 1 else 0.0
+    return value, max(of_questions, of_seeds)
+
+
+def better_or_worse(scores: dict[str, tuple[float, float]], other: dict[str, tuple[float, float]]) -> int:
+    """1 where one side is better beyond two standard errors of the difference and none worse, -1 the other way round, else 0."""
+    signs = set()
+    for side, good in (("forget", -1), ("retain", 1)):
+        (value, error), (value_of_other, error_of_other) = scores[side], other[side]
+        difference = good * (value - value_of_other)
+        if abs(difference) > 2 * math.hypot(error, error_of_other):
+            signs.add(1 if difference > 0 else -1)
+    return signs.pop() if len(signs) == 1 else 0
 
 
 if __name__ == "__main__":

@@ -179,3 +179,28 @@ def test_the_section_on_layers_counts_the_layers_that_forget(tmp_path, monkeypat
     assert "| RMU, c 6.5 | 1 of 1 (forget 20.0, retain 70.0 %) | not run | 0 of 2 (forget 55.0" in page
     assert "The claim holds here" in page and "forgets at 0 layers of 2" in page and "\nold\n" not in page
     assert (tmp_path / "layers_heat_map.png").is_file()
+
+
+def test_the_section_on_methods_names_what_is_better_or_worse_than_the_default(tmp_path, monkeypatch):
+    from benchmarks import sweeps
+
+    rmu = dict(method="rmu", scale=None, scope=None)
+    rows = [row(f, 0.8, seed=i, layer=17) for i, f in enumerate((0.2, 0.3))]  # 25 +- 5 over seeds
+    rows += [row(0.6, 0.8, seed=i, coefficient=350, **rmu) for i in (0, 1)]
+    rows += [row(0.3, 0.8, seed=i, coefficient=975, **rmu) for i in (0, 1)]
+    rows += [row(0.25, 0.95, seed=i, perplexity=55.0, relative=True) for i in (0, 1)]
+    extra = {
+        "revision": "abc",
+        "date": "2026-01-01T00:00:00",
+        "fixed": '{"max_steps": 60, "dtype": "float32"}',
+    }
+    counts = {"forget_questions": 100, "retain_questions": 100}
+    path = write(tmp_path / "methods.csv", [{**r, **extra, **counts} for r in rows])
+    (tmp_path / "paper.md").write_text("<!-- methods -->\n<!-- /methods -->\n")
+    argv = ["sweeps.py", "methods", "--draw", "--results", str(path), "--figures", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", argv)
+    sweeps.main()
+    page = (tmp_path / "paper.md").read_text()
+    assert "| Adaptive RMU, token, beta 5 | 25.0 ± 5.0 | 80.0 ± 4.0 | +0.0 % | 2 |" in page
+    assert "| Adaptive RMU, token, relative, beta 5 | 25.0 ± 4.3 | 95.0 ± 2.2 | +10.0 % | 2 |" in page
+    assert "standard errors: Adaptive RMU, token, relative, beta 5. Worse: RMU, c 350. (Revision" in page
