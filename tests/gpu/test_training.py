@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import distributed, nn
 
 from rmu import RMUConfig, RMUTrainer
 from rmu.packing import check_packing
+from rmu.sharding import shard
 from rmu.window import LayerWindow
 from rmu_kernels import resolve_backend
 from tests.tiny import random_texts, tiny_model, word_tokenizer
@@ -52,6 +54,33 @@ def test_a_cache_gives_the_same_bits(tmp_path, settings, cache):
     assert cached.frozen.found > plain.frozen.found
     for a, b in zip(plain.window.trained, cached.window.trained, strict=True):
         assert torch.equal(a, b)
+
+
+def split_or_not(device: torch.device, store) -> list[list[torch.Tensor]]:
+    """Frozen states, hidden states and gradients under DDP, with the frozen layers whole and split, in one process."""
+    backend = "gloo" if device.type == "cpu" else None
+    distributed.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
+    try:
+        results = []
+        for split in (False, True):
+            window = LayerWindow(tiny_model(), 2, trained_layers=[2])
+            if split:
+                shard(window, device)
+            devices = None if device.type == "cpu" else [device]
+            wrapped = nn.parallel.DistributedDataParallel(window.to(device), device_ids=devices)
+            recorded = window.frozen(torch.arange(12, device=device).reshape(2, 6))
+            (hidden,) = wrapped(recorded)
+            hidden.square().mean().backward()
+            results.append([recorded.hidden, hidden.detach(), *(p.grad for p in window.trained)])
+        return results
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_split_frozen_layers_change_no_bit(tmp_path):
+    device = torch.device(torch.accelerator.current_accelerator().type, 0)
+    for whole, split in zip(*split_or_not(device, tmp_path / "store"), strict=True):
+        assert torch.equal(whole, split)
 
 
 def test_packed_batches_under_flash_attention(tmp_path):
