@@ -90,7 +90,8 @@ def compile_launch(call: Launch, target: GPUTarget) -> Any:
                 call.arguments[i], (i,), constants, attributes, parameter.do_not_specialize
             )
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": call.options["num_warps"]})
+    options = {"num_warps": call.options["num_warps"], **launch.COMPILER_OPTIONS}
+    return triton.compile(source, target=target, options=options)
 
 
 class Resources(NamedTuple):

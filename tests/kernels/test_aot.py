@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(
 )
 if TRITON_INSTALLED and not INTERPRETED:
     from rmu_kernels import aot
-    from rmu_kernels.launch import block_and_warps
+    from rmu_kernels.launch import block_and_warps, run
 
     TARGETS, VARIANTS = list(aot.TARGETS), aot.VARIANTS
 else:
@@ -105,3 +105,12 @@ def test_specialisation_is_the_launcher_s():
     assert constants == {(0, 0): 1, (0, 5): None}
     assert attributes == {(0, 1): [["tt.divisibility", 16]], (0, 3): [["tt.divisibility", 16]]}
     assert aot.specialise(1, (1,), {}, attributes, True) == "i32" and (1,) not in attributes
+
+
+def test_multiply_adds_are_fused_whatever_triton_does_by_default(monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    call = aot.launches_of("fixed", 64)[0]
+    assert aot.compile_launch(call, aot.TARGETS["sm_90"]).metadata.enable_fp_fusion
+    options = {}
+    run({(1,): lambda *arguments, **given: options.update(given)}, 1, num_warps=4)
+    assert options == {"num_warps": 4, "enable_fp_fusion": True}
