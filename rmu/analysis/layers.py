@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from statistics import mean
 from typing import NamedTuple
 
 from rmu import sweep_figures
@@ -17,14 +16,12 @@ GOAL = "Adaptive RMU forgets at layers where RMU with one c does not"
 
 
 class Setting(NamedTuple):
-    """One method with one coefficient, over the layers that it was run at; accuracies from 0 to 1."""
+    """One method with one coefficient, over the layers that it was run at."""
 
     name: str
     method: str
     layers: int
     forgotten: int  # layers at which it forgets
-    forget: float
-    retain: float
 
 
 def forgets(outcome: Outcome, chance: float) -> bool:
@@ -47,8 +44,6 @@ def settings_of(found: Sequence[Outcome], chance: float) -> list[Setting]:
             group[0].settings["method"],
             len(group),
             sum(forgets(o, chance) for o in group),
-            mean(o.forget for o in group),
-            mean(o.retain for o in group),
         )
         for name, group in groups.items()
     ]
