@@ -1,7 +1,7 @@
 """Run the committed sweeps, adding to ``results/*.csv``, and draw their figures; stopped, each goes on where it was.
 
 python -m benchmarks.sweeps layers         # results/layers.csv, docs/layers*.png, the layers in docs/paper.md
-python -m benchmarks.sweeps methods         # results/methods.csv, docs/methods*.png, the methods in docs/paper.md
+python -m benchmarks.sweeps methods         # results/methods.csv, docs/methods_pareto.png, the methods in docs/paper.md
 python -m benchmarks.sweeps layers --draw   # the figures alone
 """
 

@@ -15,7 +15,8 @@ _MARKERS = "osD^vPX*"
 
 
 def write_figures(found: Sequence[Outcome], stem: Path) -> list[Path]:
-    """Draw ``<stem>.png`` (accuracy over layers), ``<stem>_heat_map.png`` and ``<stem>_pareto.png``; returns the paths.
+    """Draw ``<stem>_pareto.png`` and, where there are several layers, ``<stem>.png`` (accuracy over layers) and
+    ``<stem>_heat_map.png``; returns the paths.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -24,7 +25,9 @@ def write_figures(found: Sequence[Outcome], stem: Path) -> list[Path]:
     if not found:
         raise ValueError("results: no run yet, so nothing can be drawn")
     paths = []
-    for suffix, draw in (("", layer_curves), ("_heat_map", heat_map), ("_pareto", pareto)):
+    several = len({outcome.settings["layer"] for outcome in found}) > 1
+    over_layers = [("", layer_curves), ("_heat_map", heat_map)] if several else []
+    for suffix, draw in (*over_layers, ("_pareto", pareto)):
         paths.append(stem.with_name(f"{stem.name}{suffix}.png"))
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         paths[-1].write_bytes(render(partial(draw, found), LIGHT, "png"))
@@ -72,8 +75,12 @@ def heat_map(found: Sequence[Outcome], theme: Theme) -> Any:
     groups = _grouped(found)
     layers = sorted({outcome.settings["layer"] for outcome in found})
     rows = [sorted({strength(o) for o in group}) for group in groups.values()]
+    longest = max(len(name) for name in groups) + len(": forget accuracy (%)")
     figure = Figure(
-        figsize=(2 * max(2.4, 1.1 + 0.25 * len(layers)), sum(0.75 + 0.3 * len(r) for r in rows) + 0.3),
+        figsize=(
+            2 * max(0.07 * longest, 1.1 + 0.25 * len(layers)),
+            sum(0.75 + 0.3 * len(r) for r in rows) + 0.3,
+        ),
         layout="constrained",
     )
     panels = figure.subplots(len(groups), 2, squeeze=False, height_ratios=[1 + len(r) for r in rows])
@@ -143,14 +150,15 @@ def pareto(found: Sequence[Outcome], theme: Theme) -> Any:
     """Forget against retain accuracy of every setting; the line joins those that no other beats in both."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4.6), layout="constrained")
+    many = len(_grouped(found)) > 6
+    figure = Figure(figsize=(6.4, 5.8 if many else 4.6), layout="constrained")
     axes = figure.add_subplot()
     for i, (name, group) in enumerate(_grouped(found).items()):
         axes.plot(
             [100 * o.forget for o in group],
             [100 * o.retain for o in group],
             _MARKERS[i % len(_MARKERS)],
-            color=_COLOURS[i % len(_COLOURS)],
+            color=_COLOURS[(i + i // len(_MARKERS)) % len(_COLOURS)],
             markersize=5,
             alpha=0.75,
             label=name,
@@ -179,7 +187,7 @@ def pareto(found: Sequence[Outcome], theme: Theme) -> Any:
     )  # fmt: skip
     axes.set_xlabel("forget accuracy (%), lower is better; beside the front: hooked layer")
     axes.set_ylabel("retain accuracy (%)")
-    figure.legend(loc="outside upper center", ncols=3)
+    figure.legend(loc="outside upper center", ncols=2 if many else 3)
     return figure
 
 

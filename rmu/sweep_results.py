@@ -50,6 +50,7 @@ class Results:
 
     def __init__(self, path: Path, fixed: dict[str, Any], contents: dict[str, Any]) -> None:
         self.path = path
+        self.revision = revision()  # of the code that runs, whatever is checked out meanwhile
         self.fixed = json.loads(json.dumps({**fixed, "contents": contents}))
         self.name = _hash(self.fixed)
         rows = read_rows(path) if path.exists() else []
@@ -91,7 +92,7 @@ class Results:
             "train_seconds": round(train_seconds, 2),
             "evaluate_seconds": round(evaluate_seconds, 2),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "revision": revision(),
+            "revision": self.revision,
             "machine": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

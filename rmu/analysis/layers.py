@@ -81,11 +81,13 @@ def finding(found: Sequence[Outcome], chance: float | None) -> Finding:
 
 def drawings(found: Sequence[Outcome]) -> list[Drawing]:
     """The figures of ``rmu sweep``."""
-    shown = (
+    shown = [
         ("sweep_layers", "Forget and retain accuracy over the hooked layer.", sweep_figures.layer_curves),
         ("sweep_heat_map", "Accuracy at every layer and coefficient.", sweep_figures.heat_map),
         ("sweep_pareto", "Forget against retain accuracy of every setting.", sweep_figures.pareto),
-    )
+    ]
+    if len({outcome.settings["layer"] for outcome in found}) == 1:
+        shown = shown[-1:]
     return [
         Drawing(name, text, text, partial(draw, found), wide=name != "sweep_pareto")
         for name, text, draw in shown

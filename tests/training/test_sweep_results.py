@@ -123,6 +123,11 @@ def test_figures_are_written(tmp_path):
         write_figures([], tmp_path / "none")
 
 
+def test_one_layer_has_no_figures_over_layers(tmp_path):
+    paths = write_figures(outcomes([row(0.3, 0.8), row(0.4, 0.8, scale=2.0)]), tmp_path / "s")
+    assert [path.name for path in paths] == ["s_pareto.png"]
+
+
 def test_the_flags_give_the_setting_back():
     from rmu.config import RMUConfig
 
