@@ -144,12 +144,17 @@ def _access_advice(name: str, error: BaseException) -> str | None:
 
 
 def _check_json(path: Path, argument: str) -> None:
-    """Refuse what pyarrow's reader (26.0 and before) crashes on: null in place of an object, and very deep nesting."""
+    """Refuse what pyarrow's reader (26.0 and before) crashes on, null in place of an object and very deep nesting, and bytes that
+    are no UTF-8, which the reader of arrays replaces."""
     from fsspec import open as open_any
 
     depth = 0
     with open_any(str(path), "rb", compression="infer") as stream:
         for line in stream:
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{argument}: {path} is not UTF-8: {error}") from error
             if depth == 0 and line.lstrip().startswith(b"null"):
                 raise ValueError(f"{argument}: {path} holds null where an object is expected")
             for bracket in _JSON_STRING.sub(b"", line).translate(None, _NO_BRACKETS):

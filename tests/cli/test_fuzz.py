@@ -220,6 +220,7 @@ def test_corpora_of_any_bytes(tmp_path):
     @example(".json", b"", 0.5, "cut")
     @example(".json", b"[null, ", 0.0, "replace")
     @example(".json", b"null", 0.0, "insert")
+    @example(".json", b"\x80", 0.75, "insert")
     def check(suffix, noise, where, how):
         data = whole[suffix]
         at = int(where * len(data))
