@@ -11,17 +11,22 @@ import argparse
 import json
 import math
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from pandas import DataFrame
 
 from benchmarks.plot_demo import CHANCE
 from benchmarks.results import ROOT
 from benchmarks.tables import replace_between
+from rmu.analysis.figures import score, summary
+from rmu.analysis.findings import within_error
 from rmu.analysis.layers import KNOWLEDGE_LEFT, forgets
 from rmu.commands.sweep import parse_sweep
 from rmu.sweep import run_sweep
-from rmu.sweep_figures import strength, table, variant, write_figures
+from rmu.sweep_figures import setting_name, table, write_figures
 from rmu.sweep_results import Outcome, last_sweep, outcomes, pareto_front, read_rows
+from rmu.verdict import Score
 
 CONFIGS = {"layers": "layer_sweep.yaml", "methods": "method_sweep.yaml"}
 
@@ -58,8 +63,7 @@ def layers_section(found: list[Outcome], row: dict[str, Any]) -> str:
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(parts) + 1) + "|"]
     runs: dict[str, list[Outcome]] = {}
     for o in found:
-        letter = "beta" if o.settings["method"] == "adaptive" else "c"
-        runs.setdefault(f"{variant(o)}, {letter} {strength(o)[0]:g}", []).append(o)
+        runs.setdefault(setting_name(o), []).append(o)
     late: dict[str, list[tuple[int, int]]] = {"rmu": [], "adaptive": []}
     for name, own in runs.items():
         cells = []
@@ -105,17 +109,23 @@ def layers_section(found: list[Outcome], row: dict[str, Any]) -> str:
 def methods_section(rows: list[dict[str, Any]]) -> str:
     """The methods in ``docs/paper.md``: what each gave over its seeds, and whether one is better than the default."""
     groups: dict[str, list[dict[str, Any]]] = {}
+    answers = []
     for row in rows:
         (outcome,) = outcomes([row])
-        letter = "beta" if row["method"] == "adaptive" else "c"
-        groups.setdefault(f"{variant(outcome)}, {letter} {strength(outcome)[0]:g}", []).append(row)
+        name = setting_name(outcome)
+        groups.setdefault(name, []).append(row)
+        for side in ("forget", "retain"):
+            n, accuracy = row[f"{side}_questions"], row[side]
+            error = math.sqrt(accuracy * (1 - accuracy) / n)
+            answers.append([name, side, row["seed"], n, accuracy, error])
+    columns = ["setting", "side", "seed", "n", "accuracy", "stderr"]
+    found = summary(DataFrame(answers, columns=columns), ["setting", "side"])
+    scores = {
+        name: {side: score(found, setting=name, side=side) for side in ("forget", "retain")}
+        for name in groups
+    }
     lines = ["| | forget (%) | retain (%) | perplexity | seeds |", "|---|---|---|---|---|"]
-    scores: dict[str, dict[str, tuple[float, float]]] = {}
     for name, own in groups.items():
-        scores[name] = {
-            side: mean_and_error([row[side] for row in own], own[0][f"{side}_questions"])
-            for side in ("forget", "retain")
-        }
         cells = [f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in scores[name].values()]
         rise = 100 * (mean(row["perplexity"] / row["base_perplexity"] for row in own) - 1)
         lines.append(f"| {name} | {' | '.join(cells)} | {rise:+.1f} % | {len(own)} |")
@@ -143,21 +153,12 @@ def methods_section(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def mean_and_error(accuracies: list[float], questions: int) -> tuple[float, float]:
-    """The mean over seeds, and its standard error or that of the questions, whichever is larger."""
-    value = mean(accuracies)
-    of_questions = math.sqrt(value * (1 - value) / questions)
-    of_seeds = stdev(accuracies) / math.sqrt(len(accuracies)) if len(accuracies) > 1 else 0.0
-    return value, max(of_questions, of_seeds)
-
-
-def better_or_worse(scores: dict[str, tuple[float, float]], other: dict[str, tuple[float, float]]) -> int:
+def better_or_worse(scores: dict[str, Score], other: dict[str, Score]) -> int:
     """1 where one side is better beyond two standard errors of the difference and none worse, -1 the other way round, else 0."""
     signs = set()
     for side, good in (("forget", -1), ("retain", 1)):
-        (value, error), (value_of_other, error_of_other) = scores[side], other[side]
-        difference = good * (value - value_of_other)
-        if abs(difference) > 2 * math.hypot(error, error_of_other):
+        difference = good * (scores[side].accuracy - other[side].accuracy)
+        if abs(difference) > within_error(scores[side], other[side]):
             signs.add(1 if difference > 0 else -1)
     return signs.pop() if len(signs) == 1 else 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,23 @@ def write_figures(found: Sequence[Outcome], stem: Path) -> list[Path]:
     if not found:
         raise ValueError("results: no run yet, so nothing can be drawn")
     paths = []
-    several = len({outcome.settings["layer"] for outcome in found}) > 1
-    over_layers = [("", layer_curves), ("_heat_map", heat_map)] if several else []
-    for suffix, draw in (*over_layers, ("_pareto", pareto)):
+    for suffix, draw in drawn(found).items():
         paths.append(stem.with_name(f"{stem.name}{suffix}.png"))
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         paths[-1].write_bytes(render(partial(draw, found), LIGHT, "png"))
     return paths
+
+
+def drawn(found: Sequence[Outcome]) -> dict[str, Callable[[Sequence[Outcome], Theme], Any]]:
+    """The figures that outcomes have, by the suffix of their file."""
+    several = len({outcome.settings["layer"] for outcome in found}) > 1
+    return {**({"": layer_curves, "_heat_map": heat_map} if several else {}), "_pareto": pareto}
+
+
+def setting_name(outcome: Outcome) -> str:
+    """The method of an outcome and its c or beta."""
+    letter = "beta" if outcome.settings["method"] == "adaptive" else "c"
+    return f"{variant(outcome)}, {letter} {strength(outcome)[0]:g}"
 
 
 def variant(outcome: Outcome) -> str:

@@ -33,11 +33,8 @@ def settings_of(found: Sequence[Outcome], chance: float) -> list[Setting]:
     """Every method and coefficient of a sweep, in the order of the file."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in found:
-        value, alpha = sweep_figures.strength(outcome)
-        letter = "beta" if outcome.settings["method"] == "adaptive" else "c"
-        groups.setdefault(
-            f"{sweep_figures.variant(outcome)}, {letter} {value:g}, alpha {alpha:g}", []
-        ).append(outcome)
+        name = f"{sweep_figures.setting_name(outcome)}, alpha {outcome.settings['alpha']:g}"
+        groups.setdefault(name, []).append(outcome)
     return [
         Setting(
             name,
@@ -81,14 +78,18 @@ def finding(found: Sequence[Outcome], chance: float | None) -> Finding:
 
 def drawings(found: Sequence[Outcome]) -> list[Drawing]:
     """The figures of ``rmu sweep``."""
-    shown = [
-        ("sweep_layers", "Forget and retain accuracy over the hooked layer.", sweep_figures.layer_curves),
-        ("sweep_heat_map", "Accuracy at every layer and coefficient.", sweep_figures.heat_map),
-        ("sweep_pareto", "Forget against retain accuracy of every setting.", sweep_figures.pareto),
-    ]
-    if len({outcome.settings["layer"] for outcome in found}) == 1:
-        shown = shown[-1:]
+    texts = {
+        "": "Forget and retain accuracy over the hooked layer.",
+        "_heat_map": "Accuracy at every layer and coefficient.",
+        "_pareto": "Forget against retain accuracy of every setting.",
+    }
     return [
-        Drawing(name, text, text, partial(draw, found), wide=name != "sweep_pareto")
-        for name, text, draw in shown
+        Drawing(
+            f"sweep{suffix or '_layers'}",
+            texts[suffix],
+            texts[suffix],
+            partial(draw, found),
+            wide=suffix != "_pareto",
+        )
+        for suffix, draw in sweep_figures.drawn(found).items()
     ]
