@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import cases, results, timing
 from benchmarks.models import SHAPES, Shape
-from benchmarks.runs import make_trainer
+from benchmarks.runs import dtype_name, make_trainer, training_dtype
 from rmu.cache import MemoryStore
 from rmu.source import FrozenSource
 from rmu_kernels import adaptive_coefficient, rmu_loss
@@ -34,8 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     case = cases.Case("rmu_loss, RMU", *((8, 64) if options.toy else (2048, 576) if on_cpu else (8192, 4096)))
     share = options.seconds / 5
 
-    def report(level: str, name: str, seconds: dict[str, list[float]], cached: Sequence[bool]) -> None:
-        rows = ratio_rows(level, name, seconds, cached)
+    def report(
+        level: str,
+        name: str,
+        dtype: torch.dtype,
+        seconds: dict[str, list[float]],
+        cached: Sequence[bool],
+    ) -> None:
+        rows = ratio_rows(level, name, dtype, seconds, cached)
         results.append(options.results, "adaptive_cost", rows, device)
         for row in rows:
             print(
@@ -45,19 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
 
     seconds = timing.interleaved(kernel_calls(case, device), timing.device_clock(device), share)
-    report("kernel", f"{case.rows} x {case.features}", seconds, (False, True))
+    report("kernel", f"{case.rows} x {case.features}", torch.bfloat16, seconds, (False, True))
+    dtype = training_dtype(device, options.toy)
     with tempfile.TemporaryDirectory() as folder:
-        steps = Steps(shape, device, torch.float32 if options.toy else torch.bfloat16, Path(folder))
+        steps = Steps(shape, device, dtype, Path(folder))
         for cached in (True, False):
-            calls = steps.calls(cached)
-            report(
-                "step", shape.name, timing.interleaved(calls, timing.wall_clock(device), 2 * share), (cached,)
-            )
+            seconds = timing.interleaved(steps.calls(cached), timing.wall_clock(device), 2 * share)
+            report("step", shape.name, dtype, seconds, (cached,))
     return 0
 
 
 def ratio_rows(
-    level: str, name: str, seconds: dict[str, list[float]], cached: Sequence[bool]
+    level: str, name: str, dtype: torch.dtype, seconds: dict[str, list[float]], cached: Sequence[bool]
 ) -> list[dict[str, Any]]:
     """A row for each scope, cached and uncached as asked, against RMU's call of the same round."""
     rows = []
@@ -71,6 +76,7 @@ def ratio_rows(
                 {
                     "level": level,
                     "case": name,
+                    "dtype": dtype_name(dtype),
                     "scope": scope,
                     "cached": is_cached,
                     "rounds": len(seconds[key]),

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.models import SHAPES, Shape
-from benchmarks.runs import Run, make_trainer, ours, released, run_apart
+from benchmarks.runs import Run, dtype_name, make_trainer, ours, released, run_apart, training_dtype
 from benchmarks.timing import synchronize
 from rmu_kernels import rmu_loss
 
@@ -42,7 +42,7 @@ class Task:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = results.parser(__doc__).parse_args(arguments)
-    dtype = torch.float32 if options.toy else torch.bfloat16
+    dtype = training_dtype(options.device, options.toy)
     started, failed = time.perf_counter(), 0
     baselines: dict[tuple[str, int, str], Run] = {}
     tasks = planned_tasks(options.device, options.toy)
@@ -51,11 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"time is up: {len(tasks) - i} of {len(tasks)} runs were not measured")
             break
         shape = task.shape
-        row, note = row_of(task), ""
+        row, note = row_of(task, dtype), ""
         try:
             if task.provider == "phases":
                 phases = run_apart(phase_seconds, shape, task.method, task.steps, options.device, dtype)
-                results.append(options.results, "phases", phase_rows(task, phases), options.device)
+                results.append(options.results, "phases", phase_rows(task, dtype, phases), options.device)
                 print(f"{in_words(task)}: " + ", ".join(f"{k} {1000 * v:.1f} ms" for k, v in phases.items()))
                 continue
             run = run_task(task, options.device, dtype)
@@ -116,10 +116,11 @@ def run_task(task: Task, device: str, dtype: torch.dtype) -> Run:
     return run_apart(released, task.shape, task.method, task.steps, device, dtype, verbose, truncated)
 
 
-def row_of(task: Task) -> dict[str, Any]:
+def row_of(task: Task, dtype: torch.dtype) -> dict[str, Any]:
     shape = task.shape
     return {
         "model": shape.name,
+        "dtype": dtype_name(dtype),
         "hooked_layer": shape.hooked,
         "method": task.method,
         "provider": task.provider,
@@ -156,10 +157,11 @@ def summary(row: dict[str, Any]) -> str:
     return text + (" WRONG LOSSES" if row["same_losses"] is False else "")
 
 
-def phase_rows(task: Task, phases: dict[str, float]) -> list[dict[str, Any]]:
+def phase_rows(task: Task, dtype: torch.dtype, phases: dict[str, float]) -> list[dict[str, Any]]:
     return [
         {
             "model": task.shape.name,
+            "dtype": dtype_name(dtype),
             "hooked_layer": task.shape.hooked,
             "method": task.method,
             "phase": phase,

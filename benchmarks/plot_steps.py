@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -53,6 +54,7 @@ def step_rows(rows: pd.DataFrame) -> list[dict[str, str]]:
             found.append(
                 {
                     "model": row.model,
+                    "dtype": row.dtype,
                     "l": str(row.hooked_layer),
                     "method": row.method,
                     "loop": row.provider,
@@ -76,7 +78,7 @@ def step_table(rows: pd.DataFrame) -> str:
 
 def cost_table(rows: pd.DataFrame) -> str:
     """The README's part of it."""
-    header = ["model", "l", "method", "loop", "a step", "peak memory", "speed-up"]
+    header = ["model", "dtype", "l", "method", "loop", "a step", "peak memory", "speed-up"]
     loops = ("released", "truncated", "ours")
     return table(header, [[row[name] for name in header] for row in step_rows(rows) if row["loop"] in loops])
 
@@ -94,17 +96,29 @@ def phase_table(rows: pd.DataFrame) -> str:
 
 
 def sweep_table(rows: pd.DataFrame) -> str:
-    header = ["model", "layers", "c", "steps", "tokens a step", "way", "time", "speed-up", "last losses"]
+    header = ["model", "dtype", "layers", "c", "steps", "tokens a step", "way", "time", "speed-up"]
+    header += ["last losses", "largest difference"]
     lines = []
-    baseline = rows[rows.provider == "released"]
-    for row in rows.itertuples():
-        compared = row.provider != "released" and len(baseline)
-        gain = speedup(baseline.seconds.iloc[-1], row.seconds, is_true(row.same_losses)) if compared else "—"
-        lines.append(
-            [row.model, str(row.layers), str(row.coefficients), str(row.steps), str(row.tokens)]
-            + [row.provider, duration(row.seconds), gain, str(row.losses)]
-        )
+    for _, group in rows.groupby(["model", "layers", "coefficients", "steps", "tokens"], sort=False):
+        baseline = group[group.provider == "released"]
+        for row in group.itertuples():
+            compared = row.provider != "released" and len(baseline)
+            right = is_true(row.same_losses)
+            lines.append(
+                [row.model, row.dtype, ends(row.layers), ends(row.coefficients)]
+                + [str(row.steps), str(row.tokens), row.provider, duration(row.seconds)]
+                + [speedup(baseline.seconds.iloc[-1], row.seconds, right) if compared else "—"]
+                + [ends(row.losses), f"{100 * row.loss_difference:.2g} %" if compared else "—"]
+            )
     return table(header, lines)
+
+
+def ends(values: Any, most: int = 6) -> str:
+    """A list as it is, or of a long one its ends and its length."""
+    listed = str(values).split()
+    if len(listed) <= most:
+        return " ".join(listed)
+    return f"{listed[0]} {listed[1]} … {listed[-1]} ({len(listed)})"
 
 
 def scaling_table(rows: pd.DataFrame) -> str:

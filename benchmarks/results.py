@@ -91,12 +91,12 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def machine(device: str) -> str:
-    """The GPU's or the CPU's name, the latter with the number of cores that this process may use."""
+    """The GPU's or the CPU's name, the latter with its vector instructions and the number of cores that this process may use."""
     name = device_name(torch.device(device))
     if device != "cpu":
         return name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {cores} cores"
 
 
 def driver() -> str:

@@ -21,7 +21,7 @@ from benchmarks.models import Shape, corpora, random_model, word_tokenizer
 from benchmarks.released_loop import LoopSettings, released_loop
 from rmu import RMUConfig, RMUTrainer
 from rmu.directions import directions_to_bytes, draw_directions
-from rmu.environment import peak_memory_bytes
+from rmu.environment import emulates_bfloat16, peak_memory_bytes
 
 ALPHA, LEARNING_RATE, SEED = 1200.0, 5e-5, 42
 
@@ -33,6 +33,15 @@ class Run:
     seconds: list[float]
     losses: list[float]
     peak_bytes: int
+
+
+def training_dtype(device: str, toy: bool) -> torch.dtype:
+    """bfloat16, as published; float32 at toy size, and on a CPU that only emulates bfloat16."""
+    return torch.float32 if toy or emulates_bfloat16(torch.device(device)) else torch.bfloat16
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -21,6 +21,7 @@ from benchmarks import (
     plot,
     results,
     run,
+    runs,
     tables,
     timing,
 )
@@ -162,19 +163,39 @@ def test_errors_see_what_is_wrong():
 def test_no_speedup_for_other_losses(tmp_path):
     task = bench_step.planned_tasks("cpu", toy=True)[0]
     baseline = bench_step.Run([1.0, 1.0], [0.5, 0.4], 10**9)
-    rows = [bench_step.row_of(task) | bench_step.measured(baseline, baseline) | {"note": ""}]
+    case = bench_step.row_of(task, torch.float32)
+    rows = [case | bench_step.measured(baseline, baseline) | {"note": ""}]
     for provider, losses in (("truncated", [0.5, 0.4]), ("ours", [0.5, 0.41])):
         other = bench_step.Run([0.5, 0.5], losses, 10**9)
-        row = (
-            bench_step.row_of(task)
-            | bench_step.measured(other, baseline)
-            | {"note": "", "provider": provider}
-        )
-        rows.append(row)
+        rows.append(case | bench_step.measured(other, baseline) | {"note": "", "provider": provider})
     results.append(tmp_path, "steps", rows, "cpu")
     frame = tables.Results(tmp_path).latest("steps", "cpu")
     lines = plot.plot_steps.step_table(frame).splitlines()[2:]
     assert "2.00x" in lines[1] and "2.00x" not in lines[2] and "wrong result" in lines[2]
+
+
+def test_a_sweep_is_compared_with_the_same_runs(tmp_path):
+    """Of two sizes each has its own baseline; many losses are shown by their ends."""
+    case = {"model": "m", "dtype": "float32", "coefficients": "2", "steps": 1, "tokens": 8}
+    for layers, seconds in (("1 2", 10.0), (" ".join(map(str, range(1, 9))), 90.0)):
+        losses = " ".join(f"{i}.5" for i in range(len(layers.split())))
+        for provider, share, same in (("released", 1, None), ("ours", 0.2, True)):
+            outcome = {"loss_difference": None if same is None else 0.0012, "same_losses": same}
+            outcome |= {"provider": provider, "seconds": share * seconds, "losses": losses}
+            results.append(tmp_path, "sweep", [case | {"layers": layers} | outcome], "cpu")
+    lines = plot.plot_steps.sweep_table(tables.Results(tmp_path).latest("sweep", "cpu")).splitlines()[2:]
+    assert [line.count("5.00x") for line in lines] == [0, 1, 0, 1]
+    assert "0.5 1.5 |" in lines[1] and "0.5 1.5 … 7.5 (8) | 0.12 %" in lines[3]
+
+
+def test_models_are_float32_where_bfloat16_is_emulated(monkeypatch):
+    for emulated, toy, dtype in (
+        (False, False, torch.bfloat16),
+        (True, False, torch.float32),
+        (False, True, torch.float32),
+    ):
+        monkeypatch.setattr(runs, "emulates_bfloat16", lambda device, emulated=emulated: emulated)
+        assert runs.training_dtype("cpu", toy) == dtype
 
 
 def test_rows_of_other_columns_are_refused(tmp_path):
