@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         shape, layers, coefficients, steps = SHAPES["Zephyr-7B"], [3, 7, 15, 23, 31], [2.0, 6.5, 20.0], 4
     if options.full:
-        layers = list(range(FIRST_LAYER, shape.layers))
+        # Few steps: what is shared is shared from the first one on.
+        layers, steps = list(range(FIRST_LAYER, shape.layers)), 4
     dtype = training_dtype(device, options.toy)
     baseline: Losses | None = None
     for provider, function in (("released", separate_runs), ("ours", shared_sweep)):
