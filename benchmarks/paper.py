@@ -44,9 +44,9 @@ from rmu.demo.run import CHANCE, RETAIN
 from rmu.environment import device_name
 from rmu.evaluation import load_model
 from rmu.figures import LIGHT, render
+from rmu.original import RUN_FILE
 from rmu.report_page import MARKS
 from rmu.settings import read_settings
-from rmu.trainer import RUN_FILE
 
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
 DOCS = ROOT / "docs"

@@ -21,8 +21,8 @@ from rmu.checkpoint import (
     save_unlearned,
 )
 from rmu.directions import FILE_NAME as DIRECTIONS_FILE
-from rmu.model_card import model_card
-from rmu.trainer import RUN_FILE, STATE_FILE, TRAINED_FILE
+from rmu.original import result_files
+from rmu.trainer import STATE_FILE, TRAINED_FILE
 
 
 def merge(base: str | Path, delta: str | Path, output: str | Path) -> list[str]:
@@ -47,11 +47,7 @@ def merge(base: str | Path, delta: str | Path, output: str | Path) -> list[str]:
     entries = resolve_names(folder, {name: entry.shape for name, entry in trained.items()}, prefix)
     check_base(folder, entries.values(), record["base_fingerprint"], "base", delta)
     check_disk_space(folder, output, (entry.file for entry in entries.values()))
-    extra_files = {
-        RUN_FILE: json.dumps(record, indent=2).encode(),
-        "README.md": model_card(record, folder).encode(),
-        DIRECTIONS_FILE: (delta / DIRECTIONS_FILE).read_bytes(),
-    }
+    files = result_files(record, folder, (delta / DIRECTIONS_FILE).read_bytes())
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in trained:
@@ -61,7 +57,7 @@ def merge(base: str | Path, delta: str | Path, output: str | Path) -> list[str]:
             yield name, tensor
             del tensor  # before the next is read
 
-    save_unlearned(folder, output, tensors(), entries, extra_files)
+    save_unlearned(folder, output, tensors(), entries, files)
     return sorted(trained)
 
 

@@ -9,7 +9,6 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from rmu import compat
 from rmu.auto import find_layer, find_target
-from rmu.base_fingerprint import base_fingerprint, check_base, edited_tensors
 from rmu.cache import make_store
-from rmu.checkpoint import local_folder, resolve_names, save_unlearned
+from rmu.checkpoint import local_folder
 from rmu.coefficient import SteeringCoefficient
 from rmu.config import AUTO, RMUConfig
 from rmu.data import UnlearningCollator, UnlearningSchedule, check_tokenizer, load_tokenizer
@@ -32,9 +30,9 @@ from rmu.directions import directions_to_bytes, draw_directions, read_directions
 from rmu.environment import environment
 from rmu.loading import make_window
 from rmu.lora import LoRAWindow
-from rmu.model_card import model_card
 from rmu.optimizer import NAME as ADAMW_RMU
 from rmu.optimizer import AdamWRMU
+from rmu.original import OriginalModel
 from rmu.packing import check_packing
 from rmu.processes import StepTokens, step_coefficient, sum_over_processes
 from rmu.resumable import ResumableTrainer
@@ -46,7 +44,6 @@ from rmu_kernels import adaptive_coefficient, rmu_loss
 
 TRAINED_FILE = "rmu_trained.safetensors"
 STATE_FILE = "rmu_state.json"
-RUN_FILE = "rmu_run.json"
 
 
 class NonFiniteLossError(ValueError):
@@ -89,10 +86,7 @@ class RMUTrainer(ResumableTrainer):
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-            raise ValueError(
-                "deepspeed: not supported, the frozen pass runs outside such a wrapper; several processes train with DDP"
-            )
+        check_launch(args)
         topics = len(forget)
         automatic = args.wants_calibration()
         if args.layer == AUTO:
@@ -103,14 +97,6 @@ class RMUTrainer(ResumableTrainer):
         self.alphas = args.per_topic("alpha", topics)
         lengths = args.forget_max_length = args.per_topic("forget_max_length", topics)
         released = args.compat == "released"
-        if released and args.world_size > 1:
-            raise ValueError(f"compat: got released on {args.world_size} processes, the loops run in one")
-        accelerator_config: Any = args.accelerator_config  # an AcceleratorConfig after __post_init__
-        if accelerator_config.split_batches or accelerator_config.dispatch_batches:
-            raise ValueError(
-                "accelerator_config: got split_batches or dispatch_batches, expected neither: "
-                "every process reads its own rows of a step"
-            )
         if released and len(retain) != 1:
             raise ValueError(
                 f"retain: got {len(retain)} corpora, but compat released reads one for every topic"
@@ -127,44 +113,26 @@ class RMUTrainer(ResumableTrainer):
         if schedule.steps < 0:
             schedule.steps = args.max_steps = topics * max(math.ceil(len(corpus) / rows) for corpus in forget)
 
-        if isinstance(model, str | Path):
-            self.base_folder: Path | None = local_folder(model)
-            self.window = make_window(self.base_folder, args, trust_remote_code)
-        else:
+        folder: Path | None
+        if in_memory := not isinstance(model, str | Path):
             self.window = model if isinstance(model, LayerWindow) else make_window(model, args)
             name = self.window.config._name_or_path
-            self.base_folder = Path(name) if name and Path(name).is_dir() else None
-        self.base_name = str(model) if isinstance(model, str | Path) else self.window.config._name_or_path
+            folder = Path(name) if name and Path(name).is_dir() else None
+        else:
+            folder, name = local_folder(model), str(model)
+            self.window = make_window(folder, args, trust_remote_code)
         if processing_class is None:
-            if self.base_folder is None:
+            if folder is None:
                 raise ValueError(
                     "processing_class: got None, expected the tokenizer of a model given in memory"
                 )
-            processing_class = load_tokenizer(self.base_folder, trust_remote_code)
+            processing_class = load_tokenizer(folder, trust_remote_code)
         check_tokenizer(processing_class, self.window.config.get_text_config().vocab_size)
         check_lengths(
             self.window.model, forget_max_length=lengths, retain_max_length=[args.retain_max_length]
         )
-        prefix = self.window.model.base_model_prefix + "."
-        # Found out before training, not after it.
-        self.stored = (
-            resolve_names(
-                self.base_folder,
-                {name: tuple(tensor.shape) for name, tensor in self.window.trained_tensors()},
-                prefix,
-            )
-            if self.base_folder and not isinstance(self.window, LoRAWindow)
-            else None
-        )
-        self._edited: list[str] = []
-        if self.stored is not None and self.base_folder and not isinstance(model, str | Path):
-            self._edited = edited_tensors(
-                self.base_folder,
-                self.window.stored_names(),
-                prefix,
-            )
-            if self._edited:
-                warnings.warn(f"{self._edit_message()}; it can be trained, but not saved", stacklevel=2)
+        # What cannot be written back is found out before training, not after it.
+        self.original = OriginalModel(folder, name, self.window, in_memory=in_memory)
         if args.shard_frozen:
             shard(self.window, args.device)
         if args.directions:
@@ -436,7 +404,10 @@ class RMUTrainer(ResumableTrainer):
                 self._save_trained(folder)
             return
         self._check_trained()
-        self._together(lambda: self._write_result(folder), main_only=True)
+        self._together(
+            lambda: self.original.write(folder, self.run_record(), directions_to_bytes(self.directions)),
+            main_only=True,
+        )
         # The other processes do not wait for an upload, which can outlast their timeout.
         if self.args.push_to_hub:
             self.push_to_hub(folder=folder)
@@ -446,26 +417,6 @@ class RMUTrainer(ResumableTrainer):
             raise NonFiniteLossError(
                 f"loss: the trained tensors are not finite at step {self.state.global_step}; {self._kept()}"
             )
-
-    def _write_result(self, folder: Path) -> None:
-        if self.base_folder and folder.resolve() == self.base_folder.resolve():
-            raise ValueError(f"output_dir: {folder} is the original model, expected another folder")
-        record = self.run_record()
-        extra_files = {
-            RUN_FILE: json.dumps(record, indent=2).encode(),
-            "README.md": model_card(record, self.base_folder).encode(),
-            DIRECTIONS_FILE: directions_to_bytes(self.directions),
-        }
-        if isinstance(self.window, LoRAWindow):
-            self.window.save_adapter(folder, self.base_name, extra_files)
-        elif self.stored is None or self.base_folder is None:
-            raise ValueError(
-                "model: it was given in memory, without a folder whose other tensors could be kept"
-            )
-        else:
-            if self._edited:
-                raise ValueError(f"{self._edit_message()}; save it with save_pretrained and give that folder")
-            save_unlearned(self.base_folder, folder, self.window.trained_tensors(), self.stored, extra_files)
 
     def push_to_hub(  # type: ignore[override]  # with a folder
         self, commit_message: str | None = None, *, folder: str | Path | None = None, **kwargs: Any
@@ -487,7 +438,7 @@ class RMUTrainer(ResumableTrainer):
         return HfApi().upload_folder(
             repo_id=self.hub_model_id,
             folder_path=str(folder or self.args.output_dir),
-            commit_message=commit_message or f"{self.base_name}, unlearned",
+            commit_message=commit_message or f"{self.original.name}, unlearned",
             token=kwargs.pop("token", self.args.hub_token),
             ignore_patterns=["checkpoint-*", "runs/*", ".*"],
             **kwargs,
@@ -496,29 +447,14 @@ class RMUTrainer(ResumableTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Checkpoints during training are no models: they stay here."""
 
-    def _edit_message(self) -> str:
-        return f"model: {self._edited[0]} is not as in {self.base_folder}, which the model was loaded from"
-
-    @cached_property
-    def base_fingerprint(self) -> str | None:
-        """:func:`rmu.base_fingerprint.base_fingerprint` of the original checkpoint; None of a model in memory."""
-        if self.base_folder is None:
-            return None
-        return base_fingerprint(self.base_folder, (self.stored or {}).values())
-
     def run_record(self) -> dict[str, Any]:
         """What is needed to audit and repeat the run, apart from the texts."""
         steps = [entry for entry in self.state.log_history if "loss" in entry]
         evaluations = [entry for entry in self.state.log_history if "eval_forget_accuracy" in entry]
-        revision = (
-            self.base_folder.name
-            if self.base_folder and self.base_folder.parent.name == "snapshots"
-            else None
-        )
         return {
-            "base": self.base_name,
-            "base_revision": revision,
-            "base_fingerprint": self.base_fingerprint,
+            "base": self.original.name,
+            "base_revision": self.original.revision,
+            "base_fingerprint": self.original.fingerprint,
             "settings": self.args.method_settings(),
             "calibration": self.calibration,
             "trained_tensors": self.window.trained_names,
@@ -582,9 +518,7 @@ class RMUTrainer(ResumableTrainer):
         ]
         if changed:
             warnings.warn(f"resuming {folder} with another {', '.join(changed)}", stacklevel=2)
-        if self.base_folder is not None:
-            fingerprint = state["record"].get("base_fingerprint")
-            check_base(self.base_folder, (self.stored or {}).values(), fingerprint, "model", folder)
+        self.original.check(state["record"].get("base_fingerprint"), folder)
         self.window.load_trained_tensors(load_file(folder / TRAINED_FILE))
         self.coefficient.load_state(state["first_batch_coefficients"], self.args.device)
         topics = len(self.alphas)
@@ -595,3 +529,19 @@ class RMUTrainer(ResumableTrainer):
 def noise_seed(seed: int, row: int) -> int:
     """The seed of a batch's noise: of the run's seed and the batch's first row, so that a resumed run draws the same."""
     return int(np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def check_launch(args: RMUConfig) -> None:
+    """Raise ``ValueError`` where the run was started in a way that it does not support."""
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(
+            "deepspeed: not supported, the frozen pass runs outside such a wrapper; several processes train with DDP"
+        )
+    if args.compat == "released" and args.world_size > 1:
+        raise ValueError(f"compat: got released on {args.world_size} processes, the loops run in one")
+    accelerator_config: Any = args.accelerator_config  # an AcceleratorConfig after __post_init__
+    if accelerator_config.split_batches or accelerator_config.dispatch_batches:
+        raise ValueError(
+            "accelerator_config: got split_batches or dispatch_batches, expected neither: "
+            "every process reads its own rows of a step"
+        )

@@ -26,9 +26,10 @@ from rmu.environment import dtype_hint
 from rmu.errors import first_line
 from rmu.loading import load_arguments
 from rmu.lora import ADAPTER_FILE
+from rmu.original import RUN_FILE
 from rmu.plan import plan_run, short
 from rmu.resume import STAGING
-from rmu.trainer import RUN_FILE, RMUTrainer
+from rmu.trainer import RMUTrainer
 
 
 def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
@@ -78,9 +79,9 @@ def unlearn(arguments: UnlearningArguments, config: RMUConfig) -> Path:
             trust_remote_code=arguments.trust_remote_code,
         )
         add_callbacks(trainer, arguments, whole)
-        trainer.base_name = arguments.model
-        if trainer.stored is not None:
-            files = (entry.file for entry in trainer.stored.values())
+        trainer.original.name = arguments.model
+        if trainer.original.stored is not None:
+            files = (entry.file for entry in trainer.original.stored.values())
             check_disk_space(Path(base), output, files, checkpoints_size(trainer))
         if speaks:
             print(describe(trainer), flush=True)

@@ -232,4 +232,4 @@ def test_the_command_writes_an_adapter(tmp_path, capsys):
 def test_whole_weights_stay_the_default(tmp_path):
     args = config(tmp_path, lora_rank=0, lora_alpha=None)
     trainer = RMUTrainer(tiny_folder(tmp_path / "base"), args, forget=[TEXTS], retain=[TEXTS])
-    assert type(trainer.window) is LayerWindow and trainer.stored is not None
+    assert type(trainer.window) is LayerWindow and trainer.original.stored is not None

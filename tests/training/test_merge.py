@@ -17,7 +17,8 @@ from rmu.base_fingerprint import base_fingerprint
 from rmu.checkpoint import stored_tensors, weight_files
 from rmu.cli import main
 from rmu.merge import merge
-from rmu.trainer import RUN_FILE, STATE_FILE, TRAINED_FILE
+from rmu.original import RUN_FILE
+from rmu.trainer import STATE_FILE, TRAINED_FILE
 from tests.tiny import BEFORE_5, random_texts, tiny_folder, tiny_model, word_tokenizer
 
 

@@ -1,0 +1,98 @@
+"""The model that a run starts from, and the result that is written from it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rmu.base_fingerprint import base_fingerprint, check_base, edited_tensors
+from rmu.checkpoint import resolve_names, save_unlearned
+from rmu.directions import FILE_NAME as DIRECTIONS_FILE
+from rmu.lora import LoRAWindow
+from rmu.model_card import model_card
+from rmu.window import LayerWindow
+
+RUN_FILE = "rmu_run.json"
+
+
+class OriginalModel:
+    """The checkpoint behind a window. It is only read.
+
+    Args:
+        folder: its folder; None of a model in memory that has none.
+        name: for records: a hub id or the folder.
+        window: what is trained of it.
+        in_memory: the window's model was not read from the folder just now: it may have been changed since.
+
+    Attributes:
+        stored: the stored tensor behind each trained one, by its name; None without a folder, and of an adapter.
+
+    Raises:
+        ValueError: a trained tensor that could not be written back.
+    """
+
+    def __init__(self, folder: Path | None, name: str, window: LayerWindow, *, in_memory: bool) -> None:
+        self.folder, self.name, self.window = folder, name, window
+        self.stored = None
+        self._edited: str | None = None
+        if folder is None or isinstance(window, LoRAWindow):
+            return
+        prefix = window.model.base_model_prefix + "."
+        shapes = {name: tuple(tensor.shape) for name, tensor in window.trained_tensors()}
+        self.stored = resolve_names(folder, shapes, prefix)
+        edited = edited_tensors(folder, window.stored_names(), prefix) if in_memory else []
+        if edited:
+            self._edited = f"model: {edited[0]} is not as in {folder}, which the model was loaded from"
+            warnings.warn(f"{self._edited}; it can be trained, but not saved", stacklevel=3)
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """:func:`rmu.base_fingerprint.base_fingerprint`; None without a folder."""
+        if self.folder is None:
+            return None
+        return base_fingerprint(self.folder, (self.stored or {}).values())
+
+    @property
+    def revision(self) -> str | None:
+        """The commit, of a snapshot in the hub's cache."""
+        if self.folder is None or self.folder.parent.name != "snapshots":
+            return None
+        return self.folder.name
+
+    def check(self, fingerprint: str | None, made_from_it: Path) -> None:
+        """Raise ``ValueError`` unless this is the model with that fingerprint. Without a folder nothing can be checked."""
+        if self.folder is not None:
+            check_base(self.folder, (self.stored or {}).values(), fingerprint, "model", made_from_it)
+
+    def write(self, output: Path, record: dict[str, Any], directions: bytes) -> None:
+        """Write this checkpoint with exactly the trained tensors changed, or an adapter; and the run's record.
+
+        Raises:
+            ValueError: ``output`` is the original, or there is no folder, or not the window's, whose other tensors could be kept.
+        """
+        if self.folder and output.resolve() == self.folder.resolve():
+            raise ValueError(f"output_dir: {output} is the original model, expected another folder")
+        files = result_files(record, self.folder, directions)
+        if isinstance(self.window, LoRAWindow):
+            self.window.save_adapter(output, self.name, files)
+        elif self.stored is None or self.folder is None:
+            raise ValueError(
+                "model: it was given in memory, without a folder whose other tensors could be kept"
+            )
+        elif self._edited:
+            raise ValueError(f"{self._edited}; save it with save_pretrained and give that folder")
+        else:
+            save_unlearned(self.folder, output, self.window.trained_tensors(), self.stored, files)
+
+
+def result_files(record: dict[str, Any], folder: Path | None, directions: bytes) -> Mapping[str, bytes]:
+    """What a result has beside the model's own files: the run's record, a model card and the directions."""
+    return {
+        RUN_FILE: json.dumps(record, indent=2).encode(),
+        "README.md": model_card(record, folder).encode(),
+        DIRECTIONS_FILE: directions,
+    }
