@@ -79,8 +79,8 @@ def duration(seconds: Any) -> str:
     """In the unit that suits."""
     if not present(seconds):
         return "—"
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
+    for unit, size, least in (("min", 60.0, 600.0), ("s", 1.0, 1.0), ("ms", 1e-3, 1e-3)):
+        if seconds >= least:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} us"
 

@@ -188,6 +188,11 @@ def test_a_sweep_is_compared_with_the_same_runs(tmp_path):
     assert "0.5 1.5 |" in lines[1] and "0.5 1.5 … 7.5 (8) | 0.12 %" in lines[3]
 
 
+def test_durations_have_the_unit_that_suits():
+    times = {1406.06: "23.4 min", 599.0: "599 s", 1.5: "1.5 s", 0.24: "240 ms", 5e-5: "50 us", None: "—"}
+    assert {time: tables.duration(time) for time in times} == times
+
+
 def test_models_are_float32_where_bfloat16_is_emulated(monkeypatch):
     for emulated, toy, dtype in (
         (False, False, torch.bfloat16),
