@@ -246,9 +246,8 @@ def rmu_loss(
     loss, parts = rmu(forget_term, retain_term, float(alpha), reduction, metrics)
     assert parts is not None
     forget_loss, retain_loss, *measured = parts.unbind()
-    return RMULossOutput(
-        loss, forget_loss, retain_loss, dict(zip(reference.METRICS, measured, strict=bool(metrics)))
-    )
+    named = dict(zip(reference.METRICS, measured, strict=True)) if metrics else {}
+    return RMULossOutput(loss, forget_loss, retain_loss, named)
 
 
 def _check_forget_target(

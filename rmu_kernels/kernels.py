@@ -9,6 +9,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+# Older ones cannot compile the tuples of arguments.
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+    raise ImportError(
+        f"rmu_kernels needs triton 3.4 or newer, which comes with torch 2.8; got triton {triton.__version__} "
+        "(backend='torch' needs none)"
+    )
+
 SMALLEST = tl.constexpr(1e-12)  # as reference.SMALLEST_SQUARED_NORM
 SEGMENTS_AT_ONCE = tl.constexpr(128)
 

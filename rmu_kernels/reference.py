@@ -122,7 +122,7 @@ def token_values(term: Term) -> TokenValues:
         coefficient = masked(coefficient[..., None])
         direction = term.direction.to(dtype)
         target = masked(coefficient * (direction if direction.ndim == 1 else direction[:, None, :]))
-        coefficient = coefficient[..., 0]
+        coefficient = coefficient.squeeze(-1)
     if term.keep_frozen:
         assert frozen is not None
         target = target + frozen

@@ -1,7 +1,9 @@
 """Which implementation runs, and that a requested one never gives way to another."""
 
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +63,14 @@ def test_triton_is_needed(monkeypatch):
     assert rmu_kernels.resolve_backend(torch.zeros(1)) == "torch"
     with pytest.raises(ValueError, match="not installed"):
         rmu_kernels.resolve_backend(torch.zeros(1), "triton")
+
+
+def test_an_old_triton_is_refused(monkeypatch):
+    triton = pytest.importorskip("triton")
+    kernels = Path(rmu_kernels.__file__).with_name("kernels.py")
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    with pytest.raises(ImportError, match=r"needs triton 3\.4 or newer.*got triton 3\.3\.1"):
+        runpy.run_path(str(kernels))
 
 
 def test_import_needs_only_torch():

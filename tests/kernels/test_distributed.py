@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import distributed
 
 import rmu_kernels
@@ -62,6 +63,7 @@ def compare(rank, init_file, backend):
 
 
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="DTensor's unbind needs torch 2.10")
 @pytest.mark.parametrize(
     "backend", [pytest.param("triton", marks=pytest.mark.interpret) if INTERPRETED else "torch"]
 )

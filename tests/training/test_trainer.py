@@ -179,7 +179,7 @@ def test_a_model_in_memory_trains_and_refuses_to_save_without_a_folder(tmp_path)
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     base = tiny_folder(tmp_path / "base")
-    args = config(tmp_path / "out", learning_rate=1e38, max_steps=20)
+    args = config(tmp_path / "out", learning_rate=1e30, max_steps=20)
     trainer = RMUTrainer(str(base), args, forget=FORGET, retain=RETAIN)
     with pytest.raises(ValueError, match="not finite at step [0-9]+, topic [01]"):
         trainer.train()
