@@ -43,7 +43,8 @@ def evaluate_tasks(
         accelerator: that of a run on several processes, each with the model; they share the documents, and all get the rows.
 
     Returns:
-        Rows `{"task", "domain", "side", "n", "accuracy", "stderr"}`; `stderr` is the standard error.
+        Rows `{"task", "domain", "side", "n", "accuracy", "stderr"}`; `stderr` is the standard error, of a single
+        document the largest possible one, 0.5.
         A task whose documents have the fields `side` and `domain` gives a row per domain; any other task or
         group gives one row, with `None` for both. The accuracy is the first of `acc`, `acc_norm` and
         `exact_match` that the task reports.
@@ -186,7 +187,7 @@ def _accuracy_key(name: str, metrics: dict[str, Any]) -> str:
 
 def _row(task: str, domain: str | None, side: str | None, n: int, accuracy: float) -> dict[str, Any]:
     # The estimate of the harness: sample standard deviation of 0/1 scores over the square root of n.
-    stderr = math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else math.nan
+    stderr = math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else 0.5
     return {"task": task, "domain": domain, "side": side, "n": n, "accuracy": accuracy, "stderr": stderr}
 
 
