@@ -44,11 +44,8 @@ def base_fingerprint(folder: Path, replaced: Iterable[StoredTensor] = ()) -> str
     return digest.hexdigest()
 
 
-def check_base(
-    folder: Path, replaced: Iterable[StoredTensor], fingerprint: str | None, argument: str, made_from_it: Path
-) -> None:
-    """Raise ``ValueError`` unless ``folder`` is the checkpoint with that :func:`base_fingerprint`."""
-    found = base_fingerprint(folder, replaced)
+def check_base(folder: Path, found: str, fingerprint: str | None, argument: str, made_from_it: Path) -> None:
+    """Raise ``ValueError`` unless ``found``, the :func:`base_fingerprint` of ``folder``, is the one expected."""
     if found != fingerprint:
         raise ValueError(
             f"{argument}: {folder} is not the model that {made_from_it} was made from "

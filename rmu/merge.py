@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmu.base_fingerprint import check_base
+from rmu.base_fingerprint import base_fingerprint, check_base
 from rmu.checkpoint import (
     check_disk_space,
     check_output_folder,
@@ -45,7 +45,8 @@ def merge(base: str | Path, delta: str | Path, output: str | Path) -> list[str]:
     trained = file_tensors(path)
     prefix = next(iter(trained)).split(".")[0] + "."
     entries = resolve_names(folder, {name: entry.shape for name, entry in trained.items()}, prefix)
-    check_base(folder, entries.values(), record["base_fingerprint"], "base", delta)
+    found = base_fingerprint(folder, entries.values())
+    check_base(folder, found, record["base_fingerprint"], "base", delta)
     check_disk_space(folder, output, (entry.file for entry in entries.values()))
     files = result_files(record, folder, (delta / DIRECTIONS_FILE).read_bytes())
 

@@ -65,8 +65,8 @@ class OriginalModel:
 
     def check(self, fingerprint: str | None, made_from_it: Path) -> None:
         """Raise ``ValueError`` unless this is the model with that fingerprint. Without a folder nothing can be checked."""
-        if self.folder is not None:
-            check_base(self.folder, (self.stored or {}).values(), fingerprint, "model", made_from_it)
+        if self.folder is not None and self.fingerprint is not None:
+            check_base(self.folder, self.fingerprint, fingerprint, "model", made_from_it)
 
     def write(self, output: Path, record: dict[str, Any], directions: bytes) -> None:
         """Write this checkpoint with exactly the trained tensors changed, or an adapter; and the run's record.
