@@ -340,7 +340,7 @@ def test_a_run_whose_loss_is_not_finite_has_no_row_and_stops_nothing(place, tmp_
     assert sum("the loss is not finite" in line for line in said) == 1
 
 
-@pytest.mark.parametrize(("name", "number"), [("layer_sweep", 54), ("method_sweep", 36)])
+@pytest.mark.parametrize(("name", "number"), [("layer_sweep", 162), ("method_sweep", 36)])
 def test_the_committed_sweeps_are_settings_of_rmu_sweep(monkeypatch, name, number):
     monkeypatch.setattr("rmu.demo.model.demo_model", lambda: "model")
     arguments, config, sweep = parse_sweep(["--config", str(BENCHMARKS / f"{name}.yaml"), "--use_cpu"])
