@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
-from statistics import mean
 from typing import Any
-
-from pandas import DataFrame
 
 from benchmarks.plot_demo import CHANCE
 from benchmarks.results import ROOT
 from benchmarks.tables import replace_between
-from rmu.analysis.figures import score, summary
 from rmu.analysis.findings import within_error
 from rmu.analysis.layers import KNOWLEDGE_LEFT, forgets
 from rmu.commands.sweep import parse_sweep
 from rmu.sweep import run_sweep
 from rmu.sweep_figures import setting_name, table, write_figures
 from rmu.sweep_results import Outcome, last_sweep, outcomes, pareto_front, read_rows
-from rmu.verdict import Score
+from rmu.verdict import Score, score_text
+from rmu.verdict import mean as mean_score
 
 CONFIGS = {"layers": "layer_sweep.yaml", "methods": "method_sweep.yaml"}
 
@@ -73,17 +69,23 @@ def layers_section(found: list[Outcome], row: dict[str, Any]) -> str:
             if not inside:
                 cells.append("not run")
                 continue
-            forget, retain = (100 * mean(getattr(o, side) for o in inside) for side in ("forget", "retain"))
-            cells.append(f"{number} of {len(inside)} (forget {forget:.1f}, retain {retain:.1f} %)")
+            forget, retain = (
+                score_text(mean_score([scores(o)[side] for o in inside])) for side in ("forget", "retain")
+            )
+            cells.append(f"{number} of {len(inside)} (forget {forget}, retain {retain} %)")
         late[own[0].settings["method"]].append((number, len(inside)))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     best = {method: max(numbers) for method, numbers in late.items()}
     verdict = (
         f"The claim {'holds' if best['adaptive'][0] > best['rmu'][0] else 'does not hold'} here: in the last third RMU with its "
-        f"best c forgets at {best['rmu'][0]} layers of {best['rmu'][1]}, Adaptive RMU with its best beta at {best['adaptive'][0]}."
+        f"best c forgets at {best['rmu'][0]} of {best['rmu'][1]} layers, Adaptive RMU "
+        f"with its best beta at {best['adaptive'][0]} of {best['adaptive'][1]}."
     )
     fixed = json.loads(row["fixed"])
     first = found[0]
+    seeds = " to ".join(
+        str(number) for number in sorted({o.seeds for o in found})
+    )  # a part of the sweep has fewer
     return "\n".join(
         [
             "```bash",
@@ -91,7 +93,7 @@ def layers_section(found: list[Outcome], row: dict[str, Any]) -> str:
             "```",
             "",
             f"At how many layers a run leaves at most {100 * KNOWLEDGE_LEFT:.0f} % of what is known above chance, and the mean "
-            f"accuracies. {fixed['max_steps']} steps a run, one seed, validation questions "
+            f"accuracies with their standard errors. {fixed['max_steps']} steps a run, {seeds} seeds, validation questions "
             f"({row['forget_questions']} forget, {row['retain_questions']} retain); base model {100 * first.base_forget:.1f} and "
             f"{100 * first.base_retain:.1f} %.",
             "",
@@ -108,29 +110,14 @@ def layers_section(found: list[Outcome], row: dict[str, Any]) -> str:
 
 def methods_section(rows: list[dict[str, Any]]) -> str:
     """The methods in ``docs/paper.md``: what each gave over its seeds, and whether one is better than the default."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    answers = []
-    for row in rows:
-        (outcome,) = outcomes([row])
-        name = setting_name(outcome)
-        groups.setdefault(name, []).append(row)
-        for side in ("forget", "retain"):
-            n, accuracy = row[f"{side}_questions"], row[side]
-            error = math.sqrt(accuracy * (1 - accuracy) / n)
-            answers.append([name, side, row["seed"], n, accuracy, error])
-    columns = ["setting", "side", "seed", "n", "accuracy", "stderr"]
-    found = summary(DataFrame(answers, columns=columns), ["setting", "side"])
-    scores = {
-        name: {side: score(found, setting=name, side=side) for side in ("forget", "retain")}
-        for name in groups
-    }
+    named = {setting_name(o): o for o in outcomes(rows)}
+    found = {name: scores(o) for name, o in named.items()}
     lines = ["| | forget (%) | retain (%) | perplexity | seeds |", "|---|---|---|---|---|"]
-    for name, own in groups.items():
-        cells = [f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in scores[name].values()]
-        rise = 100 * (mean(row["perplexity"] / row["base_perplexity"] for row in own) - 1)
-        lines.append(f"| {name} | {' | '.join(cells)} | {rise:+.1f} % | {len(own)} |")
-    default = next(name for name in groups if name.startswith("Adaptive RMU, token, beta"))
-    others = {name: better_or_worse(scores[name], scores[default]) for name in groups if name != default}
+    for name, o in named.items():
+        cells = [score_text(value) for value in found[name].values()]
+        lines.append(f"| {name} | {' | '.join(cells)} | {o.perplexity_rise:+.1f} % | {o.seeds} |")
+    default = next(name for name in found if name.startswith("Adaptive RMU, token, beta"))
+    others = {name: better_or_worse(found[name], found[default]) for name in found if name != default}
     better = [name for name, sign in others.items() if sign > 0]
     worse = [name for name, sign in others.items() if sign < 0]
     verdict = (
@@ -153,12 +140,19 @@ def methods_section(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def better_or_worse(scores: dict[str, Score], other: dict[str, Score]) -> int:
+def scores(outcome: Outcome) -> dict[str, Score]:
+    return {
+        "forget": Score(outcome.forget, outcome.forget_stderr),
+        "retain": Score(outcome.retain, outcome.retain_stderr),
+    }
+
+
+def better_or_worse(own: dict[str, Score], other: dict[str, Score]) -> int:
     """1 where one side is better beyond two standard errors of the difference and none worse, -1 the other way round, else 0."""
     signs = set()
     for side, good in (("forget", -1), ("retain", 1)):
-        difference = good * (scores[side].accuracy - other[side].accuracy)
-        if abs(difference) > within_error(scores[side], other[side]):
+        difference = good * (own[side].accuracy - other[side].accuracy)
+        if abs(difference) > within_error(own[side], other[side]):
             signs.add(1 if difference > 0 else -1)
     return signs.pop() if len(signs) == 1 else 0
 

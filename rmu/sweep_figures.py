@@ -126,7 +126,7 @@ def heat_map(found: Sequence[Outcome], theme: Theme) -> Any:
 
 
 def layer_curves(found: Sequence[Outcome], theme: Theme) -> Any:
-    """Forget and retain accuracy over the hooked layer, a line each for a method and coefficient."""
+    """Forget and retain accuracy over the hooked layer, a line each for a method and coefficient; bars: one standard error."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 3.8), layout="constrained")
@@ -136,9 +136,11 @@ def layer_curves(found: Sequence[Outcome], theme: Theme) -> Any:
         for i, (name, group) in enumerate(_grouped(found).items()):
             for j, key in enumerate(sorted({strength(o) for o in group})):
                 line = sorted((o for o in group if strength(o) == key), key=lambda o: o.settings["layer"])
-                axes.plot(
+                axes.errorbar(
                     [o.settings["layer"] for o in line],
                     [100 * getattr(o, side) for o in line],
+                    [100 * getattr(o, f"{side}_stderr") for o in line],
+                    elinewidth=0.7,
                     color=_COLOURS[i % len(_COLOURS)],
                     linestyle=("-", "--", ":", "-.")[j % 4],
                     marker=_MARKERS[i % len(_MARKERS)],

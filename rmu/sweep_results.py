@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -125,6 +126,10 @@ class Outcome(NamedTuple):
     base_forget: float
     base_retain: float
     base_perplexity: float
+    forget_stderr: (
+        float  # of the mean: between seeds, and at least that of the questions, which all seeds share
+    )
+    retain_stderr: float
 
     @property
     def retain_drop(self) -> float:
@@ -174,9 +179,19 @@ def outcomes(rows: Iterable[dict[str, Any]]) -> list[Outcome]:
                 for prefix in ("", "base_")
                 for name in _MEASURED
             ),
+            *(
+                _stderr([row[side] for row in group], group[0][f"{side}_questions"])
+                for side in ("forget", "retain")
+            ),
         )
         for group in groups.values()
     ]
+
+
+def _stderr(accuracies: list[float], questions: int) -> float:
+    number = len(accuracies)
+    of_questions = sum(math.sqrt(p * (1 - p) / questions) for p in accuracies) / number
+    return max(of_questions, stdev(accuracies) / math.sqrt(number) if number > 1 else 0.0)
 
 
 def pareto_front(found: Iterable[Outcome]) -> list[Outcome]:

@@ -26,7 +26,9 @@ def row(forget, retain, perplexity=50.0, **changes):
     settings = dict(seed=0, layer=5, method="adaptive", scale=5.0, alpha=150.0, scope="token")
     settings |= dict(relative=False, retain_noise=0.0, sweep="b", fixed="{}")
     settings |= dict(base_forget=0.6, base_retain=0.8, base_perplexity=50.0)
-    measured = dict(forget=forget, retain=retain, perplexity=perplexity)
+    measured = dict(
+        forget=forget, retain=retain, perplexity=perplexity, forget_questions=100, retain_questions=400
+    )
     return {**dict.fromkeys(COLUMNS), **settings, **measured, **changes}
 
 
@@ -64,6 +66,12 @@ def test_seeds_are_averaged():
     found = outcomes([row(0.2, 0.8, seed=0), row(0.4, 0.7, seed=1), row(0.5, 0.5, layer=6)])
     assert [outcome.seeds for outcome in found] == [2, 1]
     assert (found[0].forget, found[0].retain) == pytest.approx((0.3, 0.75))
+    # The seeds' standard error is sqrt(((0.2 - 0.3)^2 + (0.4 - 0.3)^2) / 1 / 2); that of 100 questions is smaller.
+    assert found[0].forget_stderr == pytest.approx(0.1) and found[0].retain_stderr == pytest.approx(0.05)
+    # One seed, or seeds that agree, still have the error of the questions: sqrt(0.5 * 0.5 / 100).
+    same = outcomes([row(0.5, 0.5, seed=seed) for seed in (0, 1)])
+    for outcome in (found[1], *same):
+        assert (outcome.forget_stderr, outcome.retain_stderr) == pytest.approx((0.05, 0.025))
     assert found[0].retain_drop == pytest.approx(5) and found[0].perplexity_rise == pytest.approx(0)
 
 
@@ -166,7 +174,8 @@ def test_the_section_on_layers_counts_the_layers_that_forget(tmp_path, monkeypat
 
     rmu = dict(method="rmu", coefficient=6.5, scale=None, scope=None)
     rows = [row(f, 0.75, layer=3 + i) for i, f in enumerate((0.2, 0.3, 0.33, 0.35, 0.3, 0.3))]
-    rows += [row(0.2, 0.7, layer=3, **rmu), row(0.5, 0.8, layer=7, **rmu), row(0.6, 0.8, layer=8, **rmu)]
+    rows += [row(0.2, 0.7, layer=3, seed=seed, **rmu) for seed in (0, 1)]
+    rows += [row(0.5, 0.8, layer=7, **rmu), row(0.6, 0.8, layer=8, **rmu)]
     path = write(
         tmp_path / "layers.csv",
         [{**r, "revision": "abc", "date": "2026-01-01T00:00:00", "fixed": '{"max_steps": 60}'} for r in rows],
@@ -178,11 +187,17 @@ def test_the_section_on_layers_counts_the_layers_that_forget(tmp_path, monkeypat
     page = (tmp_path / "paper.md").read_text()
     # At most a quarter of 0.6 - 0.25 is left up to 0.3375.
     assert "| | layers 3 to 4 | layers 5 to 6 | layers 7 to 8 |" in page
+    retain = "retain 75.0 ± 2.2 %"
     assert (
-        "beta 5 | 2 of 2 (forget 25.0, retain 75.0 %) | 1 of 2 (forget 34.0, retain 75.0 %) | 2 of 2" in page
+        f"beta 5 | 2 of 2 (forget 25.0 ± 4.3, {retain}) | 1 of 2 (forget 34.0 ± 4.7, {retain}) | 2 of 2"
+        in page
     )
-    assert "| RMU, c 6.5 | 1 of 1 (forget 20.0, retain 70.0 %) | not run | 0 of 2 (forget 55.0" in page
-    assert "The claim holds here" in page and "forgets at 0 layers of 2" in page and "\nold\n" not in page
+    assert (
+        "| RMU, c 6.5 | 1 of 1 (forget 20.0 ± 4.0, retain 70.0 ± 2.3 %) | not run | 0 of 2 (forget 55.0"
+        in page
+    )
+    assert "60 steps a run, 1 to 2 seeds, validation" in page and "\nold\n" not in page
+    assert "The claim holds here" in page and "RMU with its best c forgets at 0 of 2 layers" in page
     assert (tmp_path / "layers_heat_map.png").is_file()
 
 
