@@ -24,6 +24,8 @@ from rmu.sweep_results import Outcome, last_sweep, outcomes, pareto_front, read_
 from rmu.verdict import Score, score_text
 from rmu.verdict import mean as mean_score
 
+RETAIN_POINTS = 1.0
+PERPLEXITY_PERCENT = 15.0
 CONFIGS = {"layers": "layer_sweep.yaml", "methods": "method_sweep.yaml"}
 
 
@@ -124,6 +126,12 @@ def methods_section(rows: list[dict[str, Any]]) -> str:
         f"Better than the default (`method adaptive`, `scope token`) beyond two standard errors: {'; '.join(better) or 'none'}. "
         f"Worse: {'; '.join(worse) or 'none'}."
     )
+    at_goal = [name for name, o in named.items() if reaches_goal(o)]
+    reached = "all of them" if len(at_goal) == len(named) else "; ".join(at_goal) or "none"
+    goal = (
+        f"Forget accuracy within one standard error of chance, at most {RETAIN_POINTS:g} point of retain accuracy and "
+        f"{PERPLEXITY_PERCENT:g} % of perplexity lost: {reached}."
+    )
     fixed, first = json.loads(rows[0]["fixed"]), rows[0]
     return "\n".join(
         [
@@ -133,10 +141,21 @@ def methods_section(rows: list[dict[str, Any]]) -> str:
             "",
             *lines,
             "",
+            goal,
+            "",
             f"{verdict} (Revision {rows[-1]['revision']}, {rows[-1]['date'][:10]}.)",
             "",
             "![Forget against retain accuracy of the methods](methods_pareto.png)",
         ]
+    )
+
+
+def reaches_goal(outcome: Outcome) -> bool:
+    """Whether it forgets to within one standard error of chance, and loses next to nothing else."""
+    return (
+        abs(outcome.forget - CHANCE) <= outcome.forget_stderr
+        and outcome.retain_drop <= RETAIN_POINTS
+        and outcome.perplexity_rise <= PERPLEXITY_PERCENT
     )
 
 

@@ -223,4 +223,6 @@ def test_the_section_on_methods_names_what_is_better_or_worse_than_the_default(t
     page = (tmp_path / "paper.md").read_text()
     assert "| Adaptive RMU, token, beta 5 | 25.0 ± 5.0 | 80.0 ± 4.0 | +0.0 % | 2 |" in page
     assert "| Adaptive RMU, token, relative, beta 5 | 25.0 ± 4.3 | 95.0 ± 2.2 | +10.0 % | 2 |" in page
+    # The default and the relative loss; 30 % is beyond one standard error, 4.6.
+    assert "perplexity lost: Adaptive RMU, token, beta 5; Adaptive RMU, token, relative, beta 5.\n" in page
     assert "standard errors: Adaptive RMU, token, relative, beta 5. Worse: RMU, c 350. (Revision" in page
