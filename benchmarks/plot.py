@@ -30,12 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options.parse_args(arguments)
     root = chosen.root
     if (chosen.results / "demo.csv").is_file():
+        blind = pd.read_csv(chosen.results / "blind.csv")
         demo = plot_demo.latest(pd.read_csv(chosen.results / "demo.csv"))
-        replace_between(root / "README.md", "demo", plot_demo.demo_table(demo))
+        replace_between(root / "README.md", "demo", plot_demo.demo_table(demo, blind))
         plot_demo.demo_figure(demo, root / "docs" / "demo.png")
-    if (chosen.results / "demo_layer_17.csv").is_file():
         other = plot_demo.latest(pd.read_csv(chosen.results / "demo_layer_17.csv"))
-        replace_between(root / "docs" / "demo.md", "layer 17", plot_demo.demo_table(other))
+        replace_between(root / "docs" / "demo.md", "layer 17", plot_demo.demo_table(other, blind))
     results = Results(chosen.results)
     replace_between(root / "README.md", "cost", by_device(results, "steps", plot_steps.cost_table))
     for name, text in {

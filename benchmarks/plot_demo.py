@@ -25,9 +25,13 @@ def pooled(rows: pd.DataFrame, keys: list[str], column: str) -> pd.Series:
     ).sum()
 
 
-def demo_table(rows: pd.DataFrame) -> str:
-    """Mean over seeds; +- the standard deviation over seeds."""
-    lines = ["| | before | after |", "|---|---|---|"]
+def demo_table(rows: pd.DataFrame, blind: pd.DataFrame) -> str:
+    """Mean over seeds; +- the standard deviation over seeds.
+
+    Args:
+        blind: what the original model scores with other definitions (``benchmarks.blind``).
+    """
+    lines = ["| | blind | before | after |", "|---|---|---|---|"]
     for side in ("forget", "retain"):
         of_side = rows[rows.side == side]
         for task in [*of_side.task.unique(), None]:
@@ -36,20 +40,29 @@ def demo_table(rows: pd.DataFrame) -> str:
             questions = int(part[part.seed == part.seed.iloc[0]].n.sum())
             template = "all templates" if task is None else f"template *{task.removeprefix('rmu_demo_')}*"
             name = f"{side} accuracy, {template} ({questions} questions)"
-            values = [f"{100 * before.mean():.1f} %", f"{100 * after.mean():.1f} ± {100 * after.std():.1f} %"]
+            guessed = blind[blind.side == side]
+            if task is not None:
+                guessed = guessed[guessed.task == task.replace("demo_", "demo_blind_")]
+            guess = 100 * (guessed.accuracy * guessed.n).sum() / guessed.n.sum()
+            values = [
+                f"{guess:.1f} %",
+                f"{100 * before.mean():.1f} %",
+                f"{100 * after.mean():.1f} ± {100 * after.std():.1f} %",
+            ]
             if task is None:
                 name, values = f"**{name}**", [f"**{value}**" for value in values]
-            lines.append(f"| {name} | {values[0]} | {values[1]} |")
+            lines.append(f"| {name} | {' | '.join(values)} |")
     runs = rows.drop_duplicates("seed")
     lines.append(
-        f"| perplexity of held-out prose | {runs.perplexity_before.mean():.1f} | "
+        f"| perplexity of held-out prose | | {runs.perplexity_before.mean():.1f} | "
         f"{runs.perplexity_after.mean():.1f} ± {runs.perplexity_after.std():.1f} |"
     )
     met = goals_met(rows)
     first = rows.iloc[0]
     lines += [
         "",
-        f"Mean ± standard deviation of {len(runs)} seeds; chance is {100 * CHANCE:.0f} %. Forget accuracy (mean of the templates) "
+        f"Mean ± standard deviation of {len(runs)} seeds; chance is {100 * CHANCE:.0f} %. Blind: the original model, asked with the "
+        f"definition of another thing of the same kind, so that its liking for some words alone decides. Forget accuracy (mean of the templates) "
         f"within 2 standard errors of chance: {met[0]} of {len(runs)} seeds; retain accuracy down by at most 2 points: {met[1]} of "
         f"{len(runs)}; perplexity up by less than 30 %: {met[2]} of {len(runs)}. Training took "
         f"{runs.train_seconds.min():.0f} to {runs.train_seconds.max():.0f} s and "

@@ -8,6 +8,7 @@ DATA = Path(__file__).parent / "data"
 TASKS_PATH = Path(__file__).parent / "tasks"
 TASKS = ("rmu_demo_question", "rmu_demo_dictionary", "rmu_demo_completion")
 VALIDATION_TASKS = tuple(task.replace("demo_", "demo_validation_") for task in TASKS)
+BLIND_TASKS = tuple(task.replace("demo_", "demo_blind_") for task in TASKS)
 
 
 def read_data(name: str) -> list[dict]:
