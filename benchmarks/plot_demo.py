@@ -61,10 +61,10 @@ def demo_table(rows: pd.DataFrame, blind: pd.DataFrame) -> str:
     first = rows.iloc[0]
     lines += [
         "",
-        f"Mean ± standard deviation of {len(runs)} seeds; chance is {100 * CHANCE:.0f} %. Blind: the original model, asked with the "
-        f"definition of another thing of the same kind, so that its liking for some words alone decides. Forget accuracy (mean of the templates) "
-        f"within 2 standard errors of chance: {met[0]} of {len(runs)} seeds; retain accuracy down by at most 2 points: {met[1]} of "
-        f"{len(runs)}; perplexity up by less than 30 %: {met[2]} of {len(runs)}. Training took "
+        f"Mean ± standard deviation of {len(runs)} seeds; chance is {100 * CHANCE:.0f} %. Blind: the original model, asked with "
+        "the definition of another thing of the same kind, so that its liking for some words alone decides. Forget accuracy "
+        f"(mean of the templates) within 2 standard errors of chance: {met[0]} of {len(runs)} seeds; retain accuracy down by at "
+        f"most 2 points: {met[1]} of {len(runs)}; perplexity up by less than 30 %: {met[2]} of {len(runs)}. Training took "
         f"{runs.train_seconds.min():.0f} to {runs.train_seconds.max():.0f} s and "
         f"{runs.peak_memory_bytes.max() / 1e9:.2f} GB at most on {first.machine} (torch {first.torch}, transformers "
         f"{first.transformers}, revision {first.revision}, {first.date}).",

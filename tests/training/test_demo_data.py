@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import re
+import runpy
 import sys
 import zipfile
 from collections import Counter
@@ -18,6 +19,7 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmu.demo import (
+    BLIND_TASKS,
     DATA,
     TASKS,
     TASKS_PATH,
@@ -63,8 +65,8 @@ def script():
 
 
 def templates():
-    """The files of the templates; those of the validation tasks include them."""
-    return [path for path in TASKS_PATH.glob("[a-z]*.yaml") if not path.name.startswith("validation_")]
+    """The files of the templates; those of the validation and blind tasks include them."""
+    return [TASKS_PATH / f"{task.removeprefix('rmu_demo_')}.yaml" for task in TASKS]
 
 
 def template_phrases():
@@ -106,16 +108,28 @@ def test_no_sentence_form_resembles_an_evaluation_template(script):
         assert asked and not asked & trained
 
 
-def test_validation_tasks_ask_other_questions_through_the_same_templates():
-    for task in VALIDATION_TASKS:
-        name = task.removeprefix("rmu_demo_validation_")
-        text = (TASKS_PATH / f"validation_{name}.yaml").read_text()
+@pytest.mark.parametrize(("kind", "tasks"), [("validation", VALIDATION_TASKS), ("blind", BLIND_TASKS)])
+def test_other_tasks_ask_other_questions_through_the_same_templates(kind, tasks):
+    for task in tasks:
+        name = task.removeprefix(f"rmu_demo_{kind}_")
+        text = (TASKS_PATH / f"{kind}_{name}.yaml").read_text()
         assert text.splitlines() == [
             f"include: {name}.yaml",
             f"task: {task}",
-            "custom_dataset: !function questions.load_validation",
+            f"custom_dataset: !function questions.load_{kind}",
         ]
-    assert len(VALIDATION_TASKS) == len(TASKS) == len(set(VALIDATION_TASKS))
+    assert len(tasks) == len(TASKS) == len(set(tasks))
+
+
+def test_blind_questions_have_the_definition_of_no_answer(questions):
+    blind = runpy.run_path(str(TASKS_PATH / "questions.py"))["load_blind"]()["test"].to_list()
+    assert len(blind) == 4 * len(questions)
+    described = {q["gloss"]: q for q in questions}
+    for i, question in enumerate(blind):
+        other = described[question["gloss"]]
+        assert other["kind"] == question["kind"] and other["word"] not in question["choices"]
+        assert question | {"gloss": None} == questions[i // 4] | {"gloss": None}
+    assert all(len({q["gloss"] for q in blind[i : i + 4]}) == 4 for i in range(0, len(blind), 4))
 
 
 @pytest.mark.parametrize("which", ["questions", "validation_questions"])
