@@ -103,7 +103,7 @@ def layers_section(found: list[Outcome], row: dict[str, Any]) -> str:
             "",
             f"{verdict} (Revision {row['revision']}, {row['date'][:10]}.)",
             "",
-            "![Forget and retain accuracy over the hooked layer](layers.png)",
+            "![Forget and retain accuracy over the hooked layer; bars: one standard error](layers.png)",
             "",
             "![The same for every layer and coefficient](layers_heat_map.png)",
         ]

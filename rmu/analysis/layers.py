@@ -79,7 +79,7 @@ def finding(found: Sequence[Outcome], chance: float | None) -> Finding:
 def drawings(found: Sequence[Outcome]) -> list[Drawing]:
     """The figures of ``rmu sweep``."""
     texts = {
-        "": "Forget and retain accuracy over the hooked layer.",
+        "": "Forget and retain accuracy over the hooked layer; bars: one standard error.",
         "_heat_map": "Accuracy at every layer and coefficient.",
         "_pareto": "Forget against retain accuracy of every setting.",
     }
