@@ -85,9 +85,8 @@ def layers_section(found: list[Outcome], row: dict[str, Any]) -> str:
     )
     fixed = json.loads(row["fixed"])
     first = found[0]
-    seeds = " to ".join(
-        str(number) for number in sorted({o.seeds for o in found})
-    )  # a part of the sweep has fewer
+    # A sweep that was stopped has fewer seeds at its later layers.
+    seeds = " to ".join(str(number) for number in sorted({o.seeds for o in found}))
     return "\n".join(
         [
             "```bash",
@@ -160,6 +159,7 @@ def reaches_goal(outcome: Outcome) -> bool:
 
 
 def scores(outcome: Outcome) -> dict[str, Score]:
+    """Accuracy and its standard error by side."""
     return {
         "forget": Score(outcome.forget, outcome.forget_stderr),
         "retain": Score(outcome.retain, outcome.retain_stderr),

@@ -126,9 +126,8 @@ class Outcome(NamedTuple):
     base_forget: float
     base_retain: float
     base_perplexity: float
-    forget_stderr: (
-        float  # of the mean: between seeds, and at least that of the questions, which all seeds share
-    )
+    # Of the mean: between seeds, and at least that of the questions, which all seeds share.
+    forget_stderr: float
     retain_stderr: float
 
     @property
