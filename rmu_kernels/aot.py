@@ -50,7 +50,9 @@ def recorded_launches() -> Iterator[list[Launch]]:
     """The list of launches that the block asks for; none of them runs."""
     launches: list[Launch] = []
 
-    def record(kernel: triton.JITFunction, programs: int, *arguments: Any, **options: Any) -> None:
+    def record(
+        kernel: triton.JITFunction, compiled: dict, programs: int, *arguments: Any, **options: Any
+    ) -> None:
         launches.append(Launch(kernel, arguments, options))
 
     with patch.object(launch, "run", record):
@@ -75,8 +77,10 @@ def specialise(value: Any, path: tuple[int, ...], constants: dict, attributes: d
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def compile_launch(call: Launch, target: GPUTarget) -> Any:
-    """The compiled kernel of one launch."""
+def signature_of(
+    call: Launch,
+) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """Types, constants and attributes of a launch's arguments: launches that agree in them share a compiled kernel."""
     kernel = call.kernel
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -89,7 +93,12 @@ def compile_launch(call: Launch, target: GPUTarget) -> Any:
             signature[parameter.name] = specialise(
                 call.arguments[i], (i,), constants, attributes, parameter.do_not_specialize
             )
-    source = ASTSource(kernel, signature, constants, attributes)
+    return signature, constants, attributes
+
+
+def compile_launch(call: Launch, target: GPUTarget) -> Any:
+    """The compiled kernel of one launch."""
+    source = ASTSource(call.kernel, *signature_of(call))
     options = {"num_warps": call.options["num_warps"], **launch.COMPILER_OPTIONS}
     return triton.compile(source, target=target, options=options)
 

@@ -18,11 +18,56 @@ REDUCE_BLOCK = 8192
 RESCALED_ROWS = 16  # that one program looks after
 # Fused multiply-adds: the default of Triton 3.9, which warns that 3.10 will turn it round.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
+LAYOUTS_KEPT = 4096
+_compiled: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
-def run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Every launch passes here, so that `rmu_kernels.aot` compiles what is launched and nothing else."""
-    kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)
+def layout(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """All that Triton compiles differently for: the rest of a tensor is its address."""
+    if tensor is None:
+        return None
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16
+
+
+def term_layout(term: Term) -> tuple[Any, ...]:
+    return (
+        layout(term.hidden),
+        layout(term.frozen),
+        layout(term.direction),
+        layout(term.coefficient) if isinstance(term.coefficient, Tensor) else None,
+        layout(term.mask),
+        layout(term.seed) if isinstance(term.seed, Tensor) else (term.seed or 0) >= 2**31,
+        term.scale is None,
+        term.keep_frozen,
+        term.relative,
+        term.noise != 0,
+    )
+
+
+def compiled_for(*key: Any) -> dict[str, Any]:
+    """The compiled kernels, by name, that calls with this key have launched."""
+    found = _compiled.get(key)
+    if found is None:
+        if len(_compiled) >= LAYOUTS_KEPT:  # every batch may have another length
+            _compiled.clear()
+        found = _compiled[key] = {}
+    return found
+
+
+def run(kernel: Any, compiled: dict[str, Any], programs: int, *arguments: Any, **options: Any) -> None:
+    """Every launch passes here, so that `rmu_kernels.aot` compiles what is launched and nothing else.
+
+    To find the compiled kernel, Triton looks at each of some sixty arguments, which takes several times as
+    long as the launch itself: done once for a `compiled_for`, whose key must decide all that Triton looks at.
+    """
+    launcher = compiled.get(kernel.__name__)
+    if launcher is None:
+        found = kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)
+        if found is not None:  # which the interpreter's is
+            compiled[kernel.__name__] = found[(programs, 1, 1)]
+    else:
+        del options["num_warps"]
+        launcher(*arguments, *options.values())
 
 
 def next_power_of_2(number: int) -> int:
@@ -136,7 +181,9 @@ def mask_view(term: Term | None) -> tuple[Tensor | None, tuple[int, ...]]:
     return row_view(term.mask, 0)
 
 
-def count_tokens(forget: Term, retain: Term | None, reduction: str) -> tuple[Tensor | None, int, int]:
+def count_tokens(
+    forget: Term, retain: Term | None, reduction: str, compiled: dict[str, Any]
+) -> tuple[Tensor | None, int, int]:
     """Counted tokens of every segment, forget first, and the number of segments of each."""
     forget_segments, forget_segment = segments(forget, reduction)
     retain_segments, retain_segment = segments(retain, reduction)
@@ -151,6 +198,7 @@ def count_tokens(forget: Term, retain: Term | None, reduction: str) -> tuple[Ten
         retain_rows, retain_length = row_count(retain.hidden), row_length(retain.hidden)
     run(
         kernels.count_kernel,
+        compiled,
         total,
         forget_mask,
         forget_strides,
@@ -181,6 +229,14 @@ def launch_rows(
     """The loss forget + alpha * retain and, where wanted, its gradients times grad_output (1 when None)."""
     hidden, features = forget.hidden, forget.hidden.shape[-1]
     device = hidden.device
+    compiled = compiled_for(
+        device,
+        term_layout(forget),
+        None if retain is None else term_layout(retain),
+        reduction,
+        wanted,
+        layout(grad_output),
+    )
     forget_rows = row_count(hidden)
     retain_rows = 0 if retain is None else row_count(retain.hidden)
     rows = forget_rows + retain_rows
@@ -188,7 +244,7 @@ def launch_rows(
     def gradient_of(term: Term | None, is_wanted: bool) -> Tensor | None:
         if term is None or not is_wanted:
             return None
-        return torch.empty(term.hidden.shape, dtype=term.hidden.dtype, device=device)
+        return torch.empty_like(term.hidden, memory_format=torch.contiguous_format)
 
     forget_gradient = gradient_of(forget, wanted.forget_gradient)
     retain_gradient = gradient_of(retain, wanted.retain_gradient)
@@ -201,7 +257,7 @@ def launch_rows(
     with on_device(hidden):
         counts, forget_segments, retain_segments = None, 0, 0
         if wanted.metrics or reduction in ("mean", "sequence_mean"):
-            counts, forget_segments, retain_segments = count_tokens(forget, retain, reduction)
+            counts, forget_segments, retain_segments = count_tokens(forget, retain, reduction, compiled)
         if rows:
             weight = constant_weight(forget_rows, features, reduction)
             retain_arguments = retain_flags = None
@@ -213,6 +269,7 @@ def launch_rows(
             block, warps = block_and_warps(features, wanted.metrics, noise)
             run(
                 kernels.rows_kernel,
+                compiled,
                 rows,
                 row_arguments(forget, forget_gradient, weight, 1.0),
                 retain_arguments,
@@ -243,6 +300,7 @@ def launch_rows(
         parts = torch.empty(7 if wanted.metrics else 2, dtype=torch.float32, device=device)
         run(
             kernels.finish_kernel,
+            compiled,
             6 if wanted.metrics else 1,
             values,
             measured,
@@ -271,6 +329,9 @@ def launch_rescale(
     rows = forget_rows + (0 if retain_gradient is None else row_count(retain_gradient))
     if rows == 0:
         return
+    compiled = compiled_for(
+        some.device, layout(forget_gradient), layout(retain_gradient), layout(grad_output)
+    )
     strides: tuple[int, ...] = (0, 0)
     if grad_output.ndim:
         grad_output, strides = row_view(grad_output, 0)
@@ -279,6 +340,7 @@ def launch_rescale(
     with on_device(some):
         run(
             kernels.rescale_kernel,
+            compiled,
             -(-rows // RESCALED_ROWS),
             forget_gradient,
             retain_gradient,
@@ -301,9 +363,11 @@ def launch_token_norm(hidden: Tensor) -> Tensor:
     if rows:
         view, strides = row_view(hidden, 1)
         block, warps = block_and_warps(hidden.shape[-1])
+        compiled = compiled_for(hidden.device, layout(hidden))
         with on_device(hidden):
             run(
                 kernels.norm_kernel,
+                compiled,
                 rows,
                 view,
                 strides,
