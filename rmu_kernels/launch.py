@@ -244,7 +244,7 @@ def launch_rows(
     def gradient_of(term: Term | None, is_wanted: bool) -> Tensor | None:
         if term is None or not is_wanted:
             return None
-        return torch.empty_like(term.hidden, memory_format=torch.contiguous_format)
+        return torch.empty(term.hidden.shape, dtype=term.hidden.dtype, device=device)
 
     forget_gradient = gradient_of(forget, wanted.forget_gradient)
     retain_gradient = gradient_of(retain, wanted.retain_gradient)
