@@ -37,10 +37,7 @@ def term_layout(term: Term) -> tuple[Any, ...]:
         layout(term.coefficient) if isinstance(term.coefficient, Tensor) else None,
         layout(term.mask),
         layout(term.seed) if isinstance(term.seed, Tensor) else (term.seed or 0) >= 2**31,
-        term.scale is None,
-        term.keep_frozen,
-        term.relative,
-        term.noise != 0,
+        term_flags(term),
     )
 
 
