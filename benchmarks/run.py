@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -82,11 +83,12 @@ def ran(command: list[str], seconds: float) -> bool:
     except subprocess.TimeoutExpired:
         # pytest then still says what has failed so far.
         os.killpg(process.pid, signal.SIGINT)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=STOP_SECONDS)
-        except subprocess.TimeoutExpired:
+        # What it has started may outlive it.
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
         code = "none: time was up"
     print(f"== {time.perf_counter() - started:.0f} s, exit code {code}", flush=True)
     return code == 0

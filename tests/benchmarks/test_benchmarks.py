@@ -251,6 +251,30 @@ def test_a_run_that_takes_too_long_is_ended():
     assert not run.ran(["timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)"], 1.0)
 
 
+CUT_OFF = """
+import subprocess, time
+
+def test_first():
+    assert False, "told all the same"
+
+def test_second():
+    child = subprocess.Popen(["sh", "-c", "trap '' INT; sleep 60; true"])
+    open({path!r}, "w").write(str(child.pid))
+    time.sleep(60)
+"""
+
+
+def test_tests_that_take_too_long_tell_what_failed_and_leave_nothing_behind(tmp_path, capfd):
+    program, child = tmp_path / "test_slow.py", tmp_path / "child"
+    program.write_text(CUT_OFF.format(path=str(child)))
+    assert not run.ran(
+        ["pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(program)], 6.0
+    )
+    assert "told all the same" in capfd.readouterr().out
+    state = Path("/proc", child.read_text(), "stat")
+    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
 def test_tripwire_runs():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable"]
     result = subprocess.run(
