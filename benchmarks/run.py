@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -76,7 +77,12 @@ def ran(command: list[str], seconds: float) -> bool:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     # A group of its own, so that the processes it has started end with it.
     process = subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=ROOT, env=environment, start_new_session=True
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        # A shell's background jobs ignore SIGINT, and so would what they start.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         code: int | str = process.wait(timeout=seconds)
